@@ -327,54 +327,65 @@ def median_loss(returns, median_values, temperature):
     return (temperature * F.softplus(errors / temperature) - 0.5 * errors).mean()  # E[λ·softplus((Q−u)/λ) − ½(Q−u)]
 
 
+def minibatch_losses(agent, batch, args):
+    """The terms of the total loss on a minibatch, {name: (coefficient, scalar)}; `batch` as in `update`.
+
+    A and Ã are taken against the critics as they are now, not as they were when the rollout ended.
+    """
+    ratio = torch.exp(agent.log_prob(batch["obs"], batch["actions"]) - batch["logprobs"])
+    values, median_values = agent.get_values(batch["obs"])
+    advantages = (batch["returns"] - values).detach()
+    median_advantages = (batch["returns"] - median_values).detach() if args.use_median else advantages
+    if args.norm_adv:
+        advantages = advantages / (advantages.std() + 1e-8)
+    median_temperature = args.median_temperature or args.temperature
+    return {
+        "policy_loss": (1.0, bpo_loss(ratio, advantages, median_advantages, args.epsilon, args.temperature)),
+        "value_loss": (args.vf_coef, 0.5 * F.mse_loss(values, batch["returns"])),
+        "median_loss": (args.median_coef * args.use_median, median_loss(batch["returns"], median_values, median_temperature)),
+        "entropy": (-args.ent_coef, agent.entropy()),
+    }
+
+
+@torch.no_grad()
+def ratio_metrics(agent, batch, args):
+    """What an update did to the ratios of its rollout: estimates of KL(π₀‖π), share outside the band, mean |ρ−ρ*|."""
+    logratio = agent.log_prob(batch["obs"], batch["actions"]) - batch["logprobs"]
+    ratio = logratio.exp()
+    thresholds = agent.get_values(batch["obs"])[args.use_median]
+    target = target_ratio(batch["returns"] - thresholds, args.epsilon, args.temperature)
+    return {
+        "old_approx_kl": -logratio.mean(),
+        "approx_kl": (ratio - 1 - logratio).mean(),
+        "clipfrac": ((ratio - 1).abs() > args.epsilon).float().mean(),
+        "ratio_error": (ratio - target).abs().mean(),
+    }
+
+
 def update(agent, optimizer, batch, args):
     """Fits policy and critics to one rollout; returns the metrics, scalars.
 
     `batch` holds obs (B, D), actions (B, A), logprobs, values, advantages and returns (B,). FloatingPointError names the first
     term that is not finite.
     """
-    terms, history = ("policy_loss", "value_loss", "median_loss"), []
-    coefs = (1.0, args.vf_coef, args.median_coef if args.use_median else 0.0)
-    parameters = list(agent.parameters())
+    parameters, history = list(agent.parameters()), []
     for _ in range(args.update_epochs):
         shuffle = torch.randperm(len(batch["obs"]))
-        shuffled = [batch[key][shuffle].tensor_split(args.num_minibatches) for key in ("obs", "actions", "logprobs", "returns")]
-        for obs, actions, logprobs, returns in zip(*shuffled):
-            ratio = torch.exp(agent.log_prob(obs, actions) - logprobs)
-            values, median_values = agent.get_values(obs)
-            advantages = (returns - values).detach()
-            median_advantages = (returns - median_values).detach() if args.use_median else advantages
-            if args.norm_adv:
-                advantages = advantages / (advantages.std() + 1e-8)
-            losses = (
-                bpo_loss(ratio, advantages, median_advantages, args.epsilon, args.temperature),
-                0.5 * F.mse_loss(values, returns),
-                median_loss(returns, median_values, args.median_temperature or args.temperature),
-            )
+        shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
+        for minibatch in zip(*shuffled):
+            losses = minibatch_losses(agent, dict(zip(batch, minibatch)), args)
             optimizer.zero_grad()
-            (sum(coef * loss for coef, loss in zip(coefs, losses)) - args.ent_coef * agent.entropy()).backward()
+            sum(coef * loss for coef, loss in losses.values() if coef).backward()
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
-            history.append(torch.stack(losses).detach())
+            history.append(torch.stack([loss.detach() for _, loss in losses.values()]))
     history = torch.stack(history)
     for _, term in (~history.isfinite()).nonzero()[:1].tolist():
-        raise FloatingPointError(f"{terms[term]} is not finite")
-
-    with torch.no_grad():  # what the update did to the ratios of the whole rollout
-        logratio = agent.log_prob(batch["obs"], batch["actions"]) - batch["logprobs"]
-        thresholds = agent.get_values(batch["obs"])[args.use_median]
-    target = target_ratio(batch["returns"] - thresholds, args.epsilon, args.temperature)
-    metrics = {"ratio_error": (logratio.exp() - target).abs().mean(), "entropy": agent.entropy().detach()}
-    return dict(zip(terms, history.mean(0))) | metrics | ratio_metrics(logratio, args.epsilon)
-
-
-def ratio_metrics(logratio, epsilon):
-    """Log-ratios (B,) → two estimates of KL(π₀‖π) and the share of ratios outside [1−ε, 1+ε]."""
-    ratio = logratio.exp()
-    if not ratio.isfinite().all():
-        raise FloatingPointError("ratio is not finite")
-    clipfrac = ((ratio - 1).abs() > epsilon).float().mean()
-    return {"old_approx_kl": -logratio.mean(), "approx_kl": (ratio - 1 - logratio).mean(), "clipfrac": clipfrac}
+        raise FloatingPointError(f"{list(losses)[term]} is not finite")
+    metrics = dict(zip(losses, history.mean(0))) | ratio_metrics(agent, batch, args)
+    if not metrics["approx_kl"].isfinite():
+        raise FloatingPointError("the ratio is not finite")
+    return metrics | {"explained_variance": 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()}
 
 
 # Run folder -----------------------------------------------------------------------------------------------------------
@@ -624,7 +635,6 @@ def train(args):
             metrics = update(agent, optimizer, batch, args)
         except FloatingPointError as error:
             sys.exit(f"{SCRIPT}: stopped at step {global_step}: {error}. {run_dir} keeps the last good checkpoint")
-        metrics["explained_variance"] = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
         if iteration > 1:
             agent.obs_rms.update(torch.from_numpy(obs).flatten(0, 1))
 

@@ -1,0 +1,660 @@
+"""Proximal Policy Optimization (PPO) for continuous control: the twin of bpo_continuous.py, with PPO's clip as the loss.
+
+    L = −E_{s,a∼π₀}[ min(ρ·A, clip(ρ, 1−ε, 1+ε)·A) ],   ρ = π_θ(a|s)/π₀(a|s),   A = GAE(λ)
+
+Seen as a bounded ratio: the target is ρ* = 1 + ε·sign(A), and −min(ρA, clip(ρ)A) = |A|·max(0, sign(A)·(ρ* − ρ)) − A·ρ*, a
+one-sided regression whose threshold is the mean. `diff ppo_baseline.py bpo_continuous.py` shows what BPO changes.
+Source: Schulman et al., Proximal Policy Optimization Algorithms, arXiv 1707.06347; defaults are CleanRL's.
+
+    python ppo_baseline.py --env-id Humanoid-v4                   trains; all goes to runs/<env>__<script>__<seed>__<time>/
+    python ppo_baseline.py --env-id Humanoid-v4 --preset paper    the same with the BPO authors' PPO settings for this task
+    python ppo_baseline.py --resume runs/<run>                    goes on with an interrupted run, to the very same weights
+    python ppo_baseline.py --evaluate runs/<run> --capture-video  plays and films what was learned
+"""
+
+import contextlib
+import difflib
+import io
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+
+
+@dataclass
+class Args:
+    env_id: str = "HalfCheetah-v4"  # gymnasium id of the task
+    preset: Literal["default", "paper"] = "default"  # one for all tasks, or the authors' for this one
+    seed: int = 1  # seed of networks, policy noise and environments
+    total_timesteps: int = 1_000_000  # environment steps in all
+    num_envs: int = 1  # parallel environments
+    async_envs: bool = False  # a process for each environment: pays where a simulator step takes longer than about 0.2 ms
+    torch_threads: int = 1  # CPU threads of the networks; at these sizes one is fastest
+
+    num_steps: int = 2048  # steps in each environment per rollout
+    num_minibatches: int = 32  # minibatches per epoch
+    update_epochs: int = 10  # passes over each rollout
+    learning_rate: float = 3e-4  # step size of Adam
+    anneal_lr: bool = True  # lower the learning rate linearly to 0
+    gamma: float = 0.99  # discount γ
+    gae_lambda: float = 0.95  # λ of GAE, the generalised advantage estimator
+    clip_coef: float = 0.2  # ε: ratios are clipped to [1−ε, 1+ε]
+    clip_vloss: bool = True  # clip the change of the value by ε too
+    norm_adv: bool = True  # centre and scale the minibatch's advantages
+    vf_coef: float = 0.5  # coefficient of the value loss ½(R̂−V)²
+    ent_coef: float = 0.0  # coefficient of the entropy bonus
+    max_grad_norm: float = 0.5  # longest gradient, all parameters taken as one vector
+    norm_obs: bool = True  # normalise observations by their running mean and variance
+    norm_reward: bool = True  # divide rewards by the running standard deviation of their discounted sum
+    hidden_size: int = 64  # width of the two hidden layers
+    activation: Literal["tanh", "relu"] = "tanh"  # activation of the hidden layers
+    log_std_init: float = 0.0  # log σ of the first policy
+
+    checkpoint_every: int = 10  # iterations between checkpoints
+    eval_episodes: int = 10  # episodes played without noise at the end
+    capture_video: bool = False  # film episodes as mp4 into the run folder
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "brrl"  # its project
+    wandb_entity: str | None = None  # its team
+    resume: str | None = None  # run folder to go on with; the configuration is its own
+    evaluate: str | None = None  # run folder whose policy is played; nothing is trained
+
+
+# The authors' hyperparameters. Their value loss is (R̂−V)², ours ½(R̂−V)² as CleanRL's, hence twice their vf_coef.
+PAPER_ALL = dict(hidden_size=256, activation="relu", norm_obs=False, norm_reward=False, clip_vloss=False, anneal_lr=False,
+                 vf_coef=1.0)  # fmt: skip
+PAPER = {
+    "Ant": dict(num_steps=512, num_minibatches=16, learning_rate=1.906e-5, clip_coef=0.1, gamma=0.98, gae_lambda=0.8,
+                max_grad_norm=0.6, ent_coef=5e-7, vf_coef=2 * 0.677),
+    "HalfCheetah": dict(num_steps=512, num_minibatches=8, learning_rate=2.0633e-5, update_epochs=20, clip_coef=0.1, gamma=0.98,
+                        gae_lambda=0.92, ent_coef=4.0e-4, vf_coef=2 * 0.581),
+    "Hopper": dict(num_steps=512, num_minibatches=16, learning_rate=9.808e-5, update_epochs=5, gamma=0.999, gae_lambda=0.99,
+                   max_grad_norm=0.7, ent_coef=2.3e-3, vf_coef=2 * 0.836),
+    "Humanoid": dict(num_steps=512, num_minibatches=2, learning_rate=3.57e-5, update_epochs=5, clip_coef=0.3, gamma=0.98,
+                     gae_lambda=0.9, max_grad_norm=2.0, ent_coef=2.4e-3, vf_coef=2 * 0.432, log_std_init=-2.0),
+    "Swimmer": dict(num_envs=4, num_steps=1024, num_minibatches=16, learning_rate=6e-4, clip_coef=0.1, gamma=0.9999,
+                    gae_lambda=0.98),
+}  # fmt: skip
+
+
+def check_loss_args(args):
+    if not 0 < args.clip_coef < 1:
+        sys.exit(f"{SCRIPT}: --clip-coef {args.clip_coef} must lie between 0 and 1: the band [1−ε, 1+ε] holds positive ratios")
+
+
+# Environment ----------------------------------------------------------------------------------------------------------
+
+
+class Task(gym.Wrapper):
+    """A task without its infos, which cost a vector environment time, and with a simulator that can be saved."""
+
+    def step(self, action):
+        return *self.env.step(action)[:4], {}
+
+    def reset(self, **kwargs):
+        return self.env.reset(**kwargs)[0], {}
+
+    @property
+    def simulator_state(self):
+        """All that later steps depend on, as a dict of arrays and plain data; None where the simulator can't be saved."""
+        env = self.unwrapped
+        if not env.__module__.startswith(("gymnasium.envs.mujoco", "gymnasium.envs.classic_control")):
+            return None
+        state = {f"env.{k}": v for k, v in vars(env).items() if isinstance(v, np.ndarray | np.generic | float | int)}
+        if hasattr(env, "data"):
+            state["physics"] = np.empty(mujoco.mj_stateSize(env.model, mujoco.mjtState.mjSTATE_INTEGRATION))
+            mujoco.mj_getState(env.model, env.data, state["physics"], mujoco.mjtState.mjSTATE_INTEGRATION)
+            # Rewards also read derived arrays, such as body positions, which MuJoCo leaves one substep behind its state.
+            state |= {f"data.{name}": getattr(env.data, name) for name in fixed_size_arrays(env.model)}
+        elapsed = self.get_wrapper_attr("_elapsed_steps") if self.has_wrapper_attr("_elapsed_steps") else None
+        return state | {"elapsed_steps": elapsed, "rng": env.np_random.bit_generator.state}
+
+    @simulator_state.setter
+    def simulator_state(self, state):
+        env = self.unwrapped
+        env.np_random.bit_generator.state = state["rng"]
+        if state["elapsed_steps"] is not None:
+            self.set_wrapper_attr("_elapsed_steps", state["elapsed_steps"])
+        if "physics" in state:
+            mujoco.mj_setState(env.model, env.data, state["physics"], mujoco.mjtState.mjSTATE_INTEGRATION)
+        for key, value in state.items():
+            if key.startswith("env."):
+                setattr(env, key.removeprefix("env."), value[()] if isinstance(value, np.ndarray) else value)
+            elif key.startswith("data."):
+                getattr(env.data, key.removeprefix("data."))[...] = value
+
+
+def fixed_size_arrays(model):
+    """Names of the arrays of MjData whose size doesn't depend on the contacts: those a new MjData has allocated."""
+    data = mujoco.MjData(model)
+    arrays = {name: getattr(data, name) for name in dir(data) if not name.startswith("_")}
+    return [name for name, array in arrays.items() if isinstance(array, np.ndarray) and array.size]
+
+
+class SyncEnvs(gym.vector.SyncVectorEnv):
+    """gymnasium's SyncVectorEnv with the step cut down to same-step autoreset, at a fraction of its overhead."""
+
+    def step(self, actions):
+        infos = {}
+        for i, env in enumerate(self.envs):
+            obs, self._rewards[i], self._terminations[i], self._truncations[i], _ = env.step(actions[i])
+            if self._terminations[i] or self._truncations[i]:
+                infos.setdefault("final_obs", {})[i] = obs
+                obs, _ = env.reset()
+            self._observations[i] = obs
+        return self._observations, self._rewards, self._terminations, self._truncations, infos
+
+
+def make_env(env_id, video_folder=None, name_prefix="train"):
+    """One environment with flat observations, filmed if there is a `video_folder`. Exits with a line on a wrong task."""
+    if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
+        sys.exit(f"{SCRIPT}: {env_id} is an Atari game: use bpo_atari.py")
+    if video_folder and not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
+        os.environ["MUJOCO_GL"] = "egl"  # renders without a screen
+    try:
+        env = gym.make(env_id, render_mode="rgb_array" if video_folder else None, disable_env_checker=True)
+    except gym.error.UnregisteredEnv as error:
+        matches = difflib.get_close_matches(env_id, gym.registry, cutoff=0.5)
+        sys.exit(f"{SCRIPT}: no task {env_id!r}. " + (f"Close: {', '.join(matches)}" if matches else str(error)))
+    except (gym.error.Error, ImportError) as error:
+        sys.exit(f"{SCRIPT}: {env_id} can't be made: {error}")
+    space = env.observation_space
+    if not isinstance(env.action_space, gym.spaces.Box):
+        sys.exit(f"{SCRIPT}: {env_id} has actions {env.action_space}, not a Box: bpo_atari.py is for discrete actions")
+    if isinstance(space, gym.spaces.Box) and (len(space.shape) > 2 or space.dtype == np.uint8):
+        sys.exit(f"{SCRIPT}: {env_id} observes images {space.shape}, this script takes vectors: bpo_atari.py is for images")
+    if not space.is_np_flattenable:
+        sys.exit(f"{SCRIPT}: {env_id} has observations that can't be made a vector: {space}")
+    if video_folder:
+        env = gym.wrappers.RecordVideo(env, str(video_folder), name_prefix=name_prefix)
+    return Task(gym.wrappers.FlattenObservation(env))
+
+
+def make_worker_env(*args):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    return make_env(*args)
+
+
+def make_envs(args, run_dir):
+    """`num_envs` environments that reset themselves in the step that ends an episode, so no transition crosses a reset."""
+    folders = [run_dir / "videos" if args.capture_video and i == 0 else None for i in range(args.num_envs)]
+    make, vectorise = (make_worker_env, gym.vector.AsyncVectorEnv) if args.async_envs else (make_env, SyncEnvs)
+    env_fns = [partial(make, args.env_id, folder) for folder in folders]
+    return vectorise(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+# Networks -------------------------------------------------------------------------------------------------------------
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all batches seen so far (Chan et al., 1979); saved with the weights, but not trained."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, batch):
+        """Takes in a batch (B, *shape)."""
+        total, delta = self.count + len(batch), batch.mean(0) - self.mean
+        squares = self.var * self.count + batch.var(0, correction=0) * len(batch)
+        self.var.copy_((squares + delta**2 * self.count * len(batch) / total) / total)
+        self.mean.add_(delta * len(batch) / total)
+        self.count.copy_(total)
+
+    def scale(self):
+        return (self.var + 1e-8).rsqrt()
+
+
+def layer_init(layer, gain=2**0.5):
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def hidden_layers(inputs, args):
+    activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[args.activation]
+    first, second = nn.Linear(inputs, args.hidden_size), nn.Linear(args.hidden_size, args.hidden_size)
+    return nn.Sequential(layer_init(first), activation(), layer_init(second), activation())
+
+
+class Agent(nn.Module):
+    """Gaussian actor, mean critic V, and the running statistics of observations and returns."""
+
+    def __init__(self, obs_dim, action_dim, args):
+        super().__init__()
+        # A zero output layer makes the first policy N(0, σ), whatever the observations and their normalisation.
+        self.actor_mean = hidden_layers(obs_dim, args).append(layer_init(nn.Linear(args.hidden_size, action_dim), 0.0))
+        self.actor_logstd = nn.Parameter(torch.full((action_dim,), args.log_std_init))
+        self.critic = hidden_layers(obs_dim, args)
+        self.value_head = layer_init(nn.Linear(args.hidden_size, 1), 1.0)
+        self.obs_rms, self.return_rms, self.norm_obs = RunningMeanStd(obs_dim), RunningMeanStd(), args.norm_obs
+
+    def normalize(self, obs):
+        """Raw observations (..., D) → float32 inputs (..., D), in standard deviations clipped to ±10 with --norm-obs."""
+        if self.norm_obs:
+            obs = ((obs - self.obs_rms.mean) * self.obs_rms.scale()).clamp(-10, 10)
+        return obs.float()
+
+    def log_prob(self, obs, actions):
+        """log π(a|s): normalised observations (..., D), actions (..., A) → (...)"""
+        z = (actions - self.actor_mean(obs)) * torch.exp(-self.actor_logstd)
+        return -0.5 * (z * z).sum(-1) - self.actor_logstd.sum() - 0.5 * math.log(2 * math.pi) * z.shape[-1]
+
+    def entropy(self):
+        """Entropy of the policy, the same in every state: a scalar."""
+        return (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
+
+    def get_value(self, obs):
+        """V(s): normalised observations (..., D) → (...)"""
+        return self.value_head(self.critic(obs)).squeeze(-1)
+
+
+# Loss -----------------------------------------------------------------------------------------------------------------
+
+
+def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+    """Generalised advantage estimates (Schulman et al., 2016), all arguments and the result (T, N).
+
+    `next_values` are V of the observations the actions led to, before any reset. A termination ends the bootstrap; every
+    end of an episode, by time limit too, ends the trace.
+
+        δ_t = r_t + γ·(1 − terminated_t)·V(s_{t+1}) − V(s_t),   A_t = δ_t + γλ·(1 − done_t)·A_{t+1}
+    """
+    deltas = rewards + gamma * (1 - terminations) * next_values - values
+    decays = gamma * gae_lambda * (1 - dones)
+    advantages, advantage = torch.empty_like(deltas), torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantage = deltas[t] + decays[t] * advantage
+        advantages[t] = advantage
+    return advantages
+
+
+def ppo_loss(ratio, advantages, clip_coef):
+    """Clipped surrogate −E[min(ρA, clip(ρ, 1−ε, 1+ε)A)] (Schulman et al., 2017): (B,), (B,) → a scalar."""
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)  # clip(ρ, 1−ε, 1+ε)
+    return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # −E[min(ρA, clip(ρ)A)]
+
+
+def clipped_value_loss(values, old_values, returns, clip_coef):
+    """½E[max((V−R̂)², (V₀ + clip(V−V₀, −ε, ε) − R̂)²)], as CleanRL and the authors of PPO: (B,), (B,), (B,) → a scalar."""
+    clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+    return 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square()).mean()
+
+
+def minibatch_losses(agent, batch, args):
+    """The terms of the total loss on a minibatch, {name: (coefficient, scalar)}; `batch` as in `update`."""
+    ratio = torch.exp(agent.log_prob(batch["obs"], batch["actions"]) - batch["logprobs"])
+    values, advantages = agent.get_value(batch["obs"]), batch["advantages"]
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    value_clip = args.clip_coef if args.clip_vloss else math.inf
+    return {
+        "policy_loss": (1.0, ppo_loss(ratio, advantages, args.clip_coef)),
+        "value_loss": (args.vf_coef, clipped_value_loss(values, batch["values"], batch["returns"], value_clip)),
+        "entropy": (-args.ent_coef, agent.entropy()),
+    }
+
+
+@torch.no_grad()
+def ratio_metrics(agent, batch, args):
+    """What an update did to the ratios of its rollout: estimates of KL(π₀‖π), share outside the band."""
+    logratio = agent.log_prob(batch["obs"], batch["actions"]) - batch["logprobs"]
+    ratio = logratio.exp()
+    return {
+        "old_approx_kl": -logratio.mean(),
+        "approx_kl": (ratio - 1 - logratio).mean(),
+        "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+    }
+
+
+def update(agent, optimizer, batch, args):
+    """Fits policy and critics to one rollout; returns the metrics, scalars.
+
+    `batch` holds obs (B, D), actions (B, A), logprobs, values, advantages and returns (B,). FloatingPointError names the first
+    term that is not finite.
+    """
+    parameters, history = list(agent.parameters()), []
+    for _ in range(args.update_epochs):
+        shuffle = torch.randperm(len(batch["obs"]))
+        shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
+        for minibatch in zip(*shuffled):
+            losses = minibatch_losses(agent, dict(zip(batch, minibatch)), args)
+            optimizer.zero_grad()
+            sum(coef * loss for coef, loss in losses.values() if coef).backward()
+            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            history.append(torch.stack([loss.detach() for _, loss in losses.values()]))
+    history = torch.stack(history)
+    for _, term in (~history.isfinite()).nonzero()[:1].tolist():
+        raise FloatingPointError(f"{list(losses)[term]} is not finite")
+    metrics = dict(zip(losses, history.mean(0))) | ratio_metrics(agent, batch, args)
+    if not metrics["approx_kl"].isfinite():
+        raise FloatingPointError("the ratio is not finite")
+    return metrics | {"explained_variance": 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()}
+
+
+# Run folder -----------------------------------------------------------------------------------------------------------
+
+
+def new_run_dir(args):
+    """Makes runs/<env>__<script>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
+    stamp = int(time.time())
+    while True:
+        run_dir = Path("runs") / f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{stamp}"
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir(parents=True)
+            return run_dir
+        stamp += 1
+
+
+def convert(tree, types, function):
+    """Applies `function` to the leaves of these types in nested dicts, lists and tuples."""
+    if isinstance(tree, dict):
+        return {key: convert(value, types, function) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(convert(value, types, function) for value in tree)
+    return function(tree) if isinstance(tree, types) else tree
+
+
+def save_checkpoint(run_dir, checkpoint):
+    """Replaces the run's checkpoint, made of tensors and plain data, in one step: at any instant a whole one is there."""
+    buffer, temporary = io.BytesIO(), run_dir / "checkpoint.tmp"
+    torch.save(convert(checkpoint, np.ndarray | np.generic, lambda array: torch.from_numpy(np.array(array))), buffer)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, run_dir / "checkpoint.pt")
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(run_dir):
+    """The checkpoint of a run folder of this script; exits with a line if there is none."""
+    path = Path(run_dir) / "checkpoint.pt"
+    if not path.is_file():
+        sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.pt")
+    try:
+        checkpoint = torch.load(path, weights_only=True)
+        script = checkpoint["script"]
+        args = Args(**checkpoint["args"]) if script == SCRIPT else None
+    except Exception as error:  # damage shows in many ways
+        sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
+    if script != SCRIPT:
+        sys.exit(f"{SCRIPT}: {run_dir} is a run of {script}.py")
+    return checkpoint | {"args": args}
+
+
+def append_episodes(path, size, rows):
+    """Appends to the first `size` bytes of episodes.csv, cutting what an interrupted run left there; returns the new size."""
+    text = "".join(f"{step},{float(score)},{length},{seconds:.1f}\n" for step, score, length, seconds in rows)
+    with open(path, "r+b") as file:
+        file.truncate(size)
+        file.seek(size)
+        file.write(text.encode())
+    return size + len(text)
+
+
+def plot_learning_curve(run_dir, title):
+    """Draws learning_curve.png: every episode's return, and the mean of the last 20."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps, returns = np.loadtxt(run_dir / "episodes.csv", delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2).reshape(-1, 2).T
+    sums, last = np.insert(returns.cumsum(), 0, 0.0), np.arange(1, len(returns) + 1)
+    first = np.maximum(last - 20, 0)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, returns, ".", alpha=0.25, label="episode")
+    axes.plot(steps, (sums[last] - sums[first]) / (last - first), color="tab:blue", label="mean of the last 20 episodes")
+    axes.set(xlabel="environment steps", ylabel="return (undiscounted)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run_dir / "learning_curve.png", dpi=120)
+    plt.close(figure)
+
+
+def evaluate(weights, args, run_dir):
+    """Plays `eval_episodes` episodes with the policy's mean actions; prints and returns their returns."""
+    env = make_env(args.env_id, run_dir / "videos" if args.capture_video else None, "eval")
+    agent = Agent(env.observation_space.shape[0], math.prod(env.action_space.shape), args)
+    agent.load_state_dict(weights)
+    returns = []
+    for episode in range(args.eval_episodes):
+        obs, _ = env.reset(seed=args.seed + 1_000_000 + episode)
+        returns.append(0.0)
+        done = False
+        while not done:
+            with torch.no_grad():
+                action = agent.actor_mean(agent.normalize(torch.as_tensor(obs))).numpy().reshape(env.action_space.shape)
+            obs, reward, terminated, truncated, _ = env.step(action.clip(env.action_space.low, env.action_space.high))
+            returns[-1] += float(reward)
+            done = terminated or truncated
+    env.close()
+    print("returns:", *(f"{score:.1f}" for score in returns))
+    print(f"evaluation: {np.mean(returns):.1f} ± {np.std(returns):.1f} (mean ± std of {len(returns)} episodes, mean actions)")
+    return returns
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def check_args(args):
+    """Exits with a line on arguments that can't be."""
+    counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_size", "torch_threads", "checkpoint_every")
+    for name in (*counts, "eval_episodes"):
+        if getattr(args, name) < 1:
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
+    batch_size = args.num_envs * args.num_steps
+    if 2 * args.num_minibatches > batch_size:
+        sys.exit(f"{SCRIPT}: a batch of {batch_size} steps (--num-envs × --num-steps) can't be cut into "
+                 f"{args.num_minibatches} minibatches of at least 2: lower --num-minibatches")  # fmt: skip
+    if args.total_timesteps < batch_size:
+        sys.exit(f"{SCRIPT}: --total-timesteps {args.total_timesteps} is less than one batch of {batch_size} steps "
+                 "(--num-envs × --num-steps)")  # fmt: skip
+    check_loss_args(args)
+
+
+def train(args):
+    """Trains, evaluates and draws the learning curve; returns the run folder."""
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    if checkpoint:
+        run_dir, args = Path(args.resume), checkpoint["args"]
+    else:
+        check_args(args)
+        make_env(args.env_id).close()  # a wrong task ends here, before there is a run folder
+        run_dir = new_run_dir(args)
+        (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2))
+        (run_dir / "episodes.csv").write_text("step,return,length,wall_time\n")
+    print(f"run folder: {run_dir}")
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
+                   id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.torch_threads)
+    stopped_by = []
+
+    def stop(signum, frame):
+        stopped_by.append(signum)  # the iteration ends and is saved
+        signal.signal(signum, signal.SIG_DFL)  # unless the signal comes again
+
+    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    envs = make_envs(args, run_dir)
+    next_obs, _ = envs.reset(seed=args.seed)
+    obs_dim, action_dim = next_obs.shape[1], math.prod(envs.single_action_space.shape)
+    low, high = (bound.reshape(args.num_envs, action_dim) for bound in (envs.action_space.low, envs.action_space.high))
+    agent = Agent(obs_dim, action_dim, args)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+
+    iteration, start_time, csv_size = 0, time.time(), (run_dir / "episodes.csv").stat().st_size
+    episode_return, episode_length, discounted = np.zeros(args.num_envs), np.zeros(args.num_envs, int), np.zeros(args.num_envs)
+    if checkpoint:
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["torch_rng"])
+        state = convert(checkpoint["state"], torch.Tensor, torch.Tensor.numpy)
+        iteration, start_time, csv_size = state["iteration"], time.time() - state["seconds"], state["csv_size"]
+        random.setstate(state["python_rng"])
+        np.random.set_state(state["numpy_rng"])
+        if all(state["simulators"]):
+            envs.set_attr("simulator_state", state["simulators"])
+            next_obs, episode_return, episode_length, discounted = state["episodes"]
+        else:
+            next_obs, _ = envs.reset(seed=args.seed + iteration)
+            print(f"the simulator of {args.env_id} can't be saved: new episodes begin")
+
+    def save():
+        state = {"iteration": iteration, "seconds": time.time() - start_time, "csv_size": csv_size,
+                 "python_rng": random.getstate(), "numpy_rng": np.random.get_state(),
+                 "simulators": list(envs.get_attr("simulator_state")),
+                 "episodes": (next_obs, episode_return, episode_length, discounted)}  # fmt: skip
+        save_checkpoint(run_dir, {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "state": state,
+                                  "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()})  # fmt: skip
+
+    if not checkpoint:
+        save()
+    shape = (args.num_steps, args.num_envs)
+    obs = np.zeros((*shape, obs_dim), next_obs.dtype)
+    final_obs = np.zeros_like(obs)  # what each action led to, before any reset
+    actions = np.zeros((*shape, action_dim), np.float32)
+    rewards, discounted_returns = np.zeros(shape), np.zeros(shape)
+    terminations, truncations = np.zeros(shape, bool), np.zeros(shape, bool)
+    writer = SummaryWriter(run_dir, purge_step=iteration * batch_size + 1)
+    rows, recent_returns = [], deque(maxlen=20)
+    progress = tqdm(total=num_iterations * batch_size, initial=iteration * batch_size, unit=" steps", disable=None)
+
+    while iteration < num_iterations and not stopped_by:
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+
+        # Rollout. Only the actor runs here; values and log-probabilities of the whole rollout are one pass afterwards.
+        noise = (torch.randn(*shape, action_dim) * agent.actor_logstd.detach().exp()).numpy()
+        for step in range(args.num_steps):
+            obs[step] = next_obs
+            with torch.no_grad():
+                actions[step] = agent.actor_mean(agent.normalize(torch.from_numpy(next_obs))).numpy() + noise[step]
+            clipped_actions = actions[step].clip(low, high).reshape(envs.action_space.shape)
+            next_obs, rewards[step], terminations[step], truncations[step], infos = envs.step(clipped_actions)
+            final_obs[step] = next_obs
+            discounted_returns[step] = discounted = args.gamma * discounted + rewards[step]
+            episode_return += rewards[step]
+            episode_length += 1
+            for i in np.flatnonzero(terminations[step] | truncations[step]):
+                final_obs[step, i] = infos["final_obs"][i]
+                global_step = iteration * batch_size + (step + 1) * args.num_envs
+                rows.append((global_step, episode_return[i], episode_length[i], time.time() - start_time))
+                episode_return[i] = episode_length[i] = discounted[i] = 0
+        iteration += 1
+        global_step = iteration * batch_size
+
+        # Advantages and returns. The statistics of the observations stand still while a rollout is collected and learned
+        # from, so that π₀ is one policy; only the first rollout sets them beforehand, as its policy ignored its input.
+        if iteration == 1:
+            agent.obs_rms.update(torch.from_numpy(obs).flatten(0, 1))
+        agent.return_rms.update(torch.from_numpy(discounted_returns).flatten())
+        scaled_rewards = torch.from_numpy(rewards).float()
+        if args.norm_reward:
+            scaled_rewards = (scaled_rewards * agent.return_rms.scale().float()).clamp(-10, 10)
+        batch = {"obs": agent.normalize(torch.from_numpy(obs)), "actions": torch.from_numpy(actions)}
+        with torch.no_grad():
+            batch["logprobs"] = agent.log_prob(batch["obs"], batch["actions"])
+            batch["values"] = agent.get_value(batch["obs"])
+            next_values = agent.get_value(agent.normalize(torch.from_numpy(final_obs)))
+        dones = torch.from_numpy(terminations | truncations).float()
+        terminated = torch.from_numpy(terminations).float()
+        batch["advantages"] = gae(scaled_rewards, batch["values"], next_values, terminated, dones, args.gamma, args.gae_lambda)
+        batch["returns"] = batch["advantages"] + batch["values"]
+        batch = {key: tensor.flatten(0, 1) for key, tensor in batch.items()}
+
+        try:
+            metrics = update(agent, optimizer, batch, args)
+        except FloatingPointError as error:
+            sys.exit(f"{SCRIPT}: stopped at step {global_step}: {error}. {run_dir} keeps the last good checkpoint")
+        if iteration > 1:
+            agent.obs_rms.update(torch.from_numpy(obs).flatten(0, 1))
+
+        # Log and save. A full disk costs records, never the training.
+        recent_returns.extend(score for _, score, _, _ in rows)
+        with contextlib.suppress(OSError):
+            for step, score, length, _ in rows:
+                writer.add_scalar("charts/episodic_return", score, step)
+                writer.add_scalar("charts/episodic_length", length, step)
+            for name, value in metrics.items():
+                writer.add_scalar(f"losses/{name}", value, global_step)
+            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+            writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
+        try:
+            csv_size = append_episodes(run_dir / "episodes.csv", csv_size, rows)
+            rows.clear()
+            if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stopped_by:
+                save()
+        except OSError as error:
+            tqdm.write(f"{SCRIPT}: not saved at step {global_step} ({error}); training goes on", file=sys.stderr)
+        progress.set_postfix({"return": f"{np.mean(recent_returns):.1f}" if recent_returns else "-"}, refresh=False)
+        progress.update(batch_size)
+
+    progress.close()
+    envs.close()
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    if stopped_by:
+        print(f"stopped at step {iteration * batch_size}; to go on: python {SCRIPT}.py --resume {run_dir}")
+        sys.exit(128 + stopped_by[0])
+    for episode, score in enumerate(evaluate(agent.state_dict(), args, run_dir)):
+        writer.add_scalar("eval/episodic_return", score, episode)
+    writer.close()
+    plot_learning_curve(run_dir, f"{args.env_id}, {SCRIPT}, seed {args.seed}")
+    print(f"learning curve: {run_dir / 'learning_curve.png'}")
+    return run_dir
+
+
+def main():
+    args = tyro.cli(Args)
+    if args.preset == "paper":
+        task = args.env_id.split("-v")[0]
+        if task not in PAPER:
+            sys.exit(f"{SCRIPT}: --preset paper knows {', '.join(PAPER)}, not {args.env_id}")
+        args = tyro.cli(Args, default=Args(**{**PAPER_ALL, **PAPER[task]}))  # flags given beside the preset win
+    if args.resume and args != Args(resume=args.resume):
+        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag")
+    if args.evaluate:
+        checkpoint = load_checkpoint(args.evaluate)
+        settings = replace(checkpoint["args"], eval_episodes=args.eval_episodes, capture_video=args.capture_video)
+        evaluate(checkpoint["agent"], settings, Path(args.evaluate))
+    else:
+        train(args)
+
+
+if __name__ == "__main__":
+    main()
