@@ -220,6 +220,7 @@ class RunningMeanStd(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("scale", torch.ones(shape, dtype=torch.float64))  # one over the standard deviation
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, batch):
@@ -228,10 +229,8 @@ class RunningMeanStd(nn.Module):
         squares = self.var * self.count + batch.var(0, correction=0) * len(batch)
         self.var.copy_((squares + delta**2 * self.count * len(batch) / total) / total)
         self.mean.add_(delta * len(batch) / total)
+        self.scale.copy_((self.var + 1e-8).rsqrt())
         self.count.copy_(total)
-
-    def scale(self):
-        return (self.var + 1e-8).rsqrt()
 
 
 def layer_init(layer, gain=2**0.5):
@@ -255,16 +254,15 @@ class Agent(nn.Module):
         self.actor_mean = hidden_layers(obs_dim, args).append(layer_init(nn.Linear(args.hidden_size, action_dim), 0.0))
         self.actor_logstd = nn.Parameter(torch.full((action_dim,), args.log_std_init))
         self.critic = hidden_layers(obs_dim, args)
-        self.value_head = layer_init(nn.Linear(args.hidden_size, 1), 1.0)
-        self.median_head = layer_init(nn.Linear(args.hidden_size, 1), 1.0)
+        self.value_head = layer_init(nn.Linear(args.hidden_size, 2), 1.0)  # V and μ
         if args.median_head == "separate":
-            self.median_head = hidden_layers(args.hidden_size, args).append(self.median_head)
+            self.median_head = hidden_layers(args.hidden_size, args).append(layer_init(nn.Linear(args.hidden_size, 1), 1.0))
         self.obs_rms, self.return_rms, self.norm_obs = RunningMeanStd(obs_dim), RunningMeanStd(), args.norm_obs
 
     def normalize(self, obs):
         """Raw observations (..., D) → float32 inputs (..., D), in standard deviations clipped to ±10 with --norm-obs."""
         if self.norm_obs:
-            obs = ((obs - self.obs_rms.mean) * self.obs_rms.scale()).clamp(-10, 10)
+            obs = ((obs - self.obs_rms.mean) * self.obs_rms.scale).clamp(-10, 10)
         return obs.float()
 
     def log_prob(self, obs, actions):
@@ -278,12 +276,25 @@ class Agent(nn.Module):
 
     def get_value(self, obs):
         """V(s): normalised observations (..., D) → (...)"""
-        return self.value_head(self.critic(obs)).squeeze(-1)
+        return self.value_head(self.critic(obs))[..., 0]
 
     def get_values(self, obs):
         """V(s) and μ(s): normalised observations (..., D) → (...), (...)"""
         features = self.critic(obs)
-        return self.value_head(features).squeeze(-1), self.median_head(features).squeeze(-1)
+        values, median_values = self.value_head(features).unbind(-1)
+        if hasattr(self, "median_head"):
+            median_values = self.median_head(features).squeeze(-1)
+        return values, median_values
+
+
+def flatten_parameters(module):
+    """Moves all weights into one vector, all gradients into another: to clip and to step is then one operation each."""
+    vector = nn.Parameter(nn.utils.parameters_to_vector(module.parameters()).detach())
+    vector.grad = torch.zeros_like(vector)
+    sizes = [parameter.numel() for parameter in module.parameters()]
+    for parameter, data, grad in zip(module.parameters(), vector.data.split(sizes), vector.grad.split(sizes)):
+        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
+    return vector
 
 
 # Loss -----------------------------------------------------------------------------------------------------------------
@@ -324,11 +335,17 @@ def bpo_loss(ratio, advantages, median_advantages, epsilon, temperature):
 def median_loss(returns, median_values, temperature):
     """Convex loss whose minimiser is the soft median of the returns (Ao et al., 2026): (B,), (B,) → a scalar."""
     errors = returns - median_values  # Q − u
-    return (temperature * F.softplus(errors / temperature) - 0.5 * errors).mean()  # E[λ·softplus((Q−u)/λ) − ½(Q−u)]
+    return (F.softplus(errors, beta=1 / temperature) - 0.5 * errors).mean()  # E[λ·softplus((Q−u)/λ) − ½(Q−u)]
+
+
+def loss_coefficients(args):
+    """Weights of the terms that `minibatch_losses` returns, in its order."""
+    median_coef = args.median_coef * args.use_median
+    return {"policy_loss": 1.0, "value_loss": args.vf_coef, "median_loss": median_coef, "entropy": -args.ent_coef}
 
 
 def minibatch_losses(agent, batch, args):
-    """The terms of the total loss on a minibatch, {name: (coefficient, scalar)}; `batch` as in `update`.
+    """Policy, value and median loss and the entropy on a minibatch of `update`'s batch: four scalars.
 
     A and Ã are taken against the critics as they are now, not as they were when the rollout ended.
     """
@@ -338,13 +355,10 @@ def minibatch_losses(agent, batch, args):
     median_advantages = (batch["returns"] - median_values).detach() if args.use_median else advantages
     if args.norm_adv:
         advantages = advantages / (advantages.std() + 1e-8)
-    median_temperature = args.median_temperature or args.temperature
-    return {
-        "policy_loss": (1.0, bpo_loss(ratio, advantages, median_advantages, args.epsilon, args.temperature)),
-        "value_loss": (args.vf_coef, 0.5 * F.mse_loss(values, batch["returns"])),
-        "median_loss": (args.median_coef * args.use_median, median_loss(batch["returns"], median_values, median_temperature)),
-        "entropy": (-args.ent_coef, agent.entropy()),
-    }
+    policy_loss = bpo_loss(ratio, advantages, median_advantages, args.epsilon, args.temperature)
+    value_loss = 0.5 * F.mse_loss(values, batch["returns"])
+    threshold_loss = median_loss(batch["returns"], median_values, args.median_temperature or args.temperature)
+    return policy_loss, value_loss, threshold_loss, agent.entropy()
 
 
 @torch.no_grad()
@@ -368,21 +382,23 @@ def update(agent, optimizer, batch, args):
     `batch` holds obs (B, D), actions (B, A), logprobs, values, advantages and returns (B,). FloatingPointError names the first
     term that is not finite.
     """
-    parameters, history = list(agent.parameters()), []
+    gradient = optimizer.param_groups[0]["params"][0].grad  # of all weights, see flatten_parameters
+    names, coefs = zip(*loss_coefficients(args).items())
+    coefs, history = torch.tensor(coefs), []
     for _ in range(args.update_epochs):
         shuffle = torch.randperm(len(batch["obs"]))
         shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
         for minibatch in zip(*shuffled):
-            losses = minibatch_losses(agent, dict(zip(batch, minibatch)), args)
-            optimizer.zero_grad()
-            sum(coef * loss for coef, loss in losses.values() if coef).backward()
-            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            losses = torch.stack(minibatch_losses(agent, dict(zip(batch, minibatch)), args))
+            gradient.zero_()
+            (coefs @ losses).backward()
+            gradient.mul_((args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0))
             optimizer.step()
-            history.append(torch.stack([loss.detach() for _, loss in losses.values()]))
+            history.append(losses.detach())
     history = torch.stack(history)
     for _, term in (~history.isfinite()).nonzero()[:1].tolist():
-        raise FloatingPointError(f"{list(losses)[term]} is not finite")
-    metrics = dict(zip(losses, history.mean(0))) | ratio_metrics(agent, batch, args)
+        raise FloatingPointError(f"{names[term]} is not finite")
+    metrics = dict(zip(names, history.mean(0))) | ratio_metrics(agent, batch, args)
     if not metrics["approx_kl"].isfinite():
         raise FloatingPointError("the ratio is not finite")
     return metrics | {"explained_variance": 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()}
@@ -547,7 +563,7 @@ def train(args):
     obs_dim, action_dim = next_obs.shape[1], math.prod(envs.single_action_space.shape)
     low, high = (bound.reshape(args.num_envs, action_dim) for bound in (envs.action_space.low, envs.action_space.high))
     agent = Agent(obs_dim, action_dim, args)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
 
@@ -597,8 +613,9 @@ def train(args):
         for step in range(args.num_steps):
             obs[step] = next_obs
             with torch.no_grad():
-                actions[step] = agent.actor_mean(agent.normalize(torch.from_numpy(next_obs))).numpy() + noise[step]
-            clipped_actions = actions[step].clip(low, high).reshape(envs.action_space.shape)
+                action = agent.actor_mean(agent.normalize(torch.from_numpy(next_obs))).numpy() + noise[step]
+            actions[step] = action
+            clipped_actions = np.minimum(np.maximum(action, low), high).reshape(envs.action_space.shape)
             next_obs, rewards[step], terminations[step], truncations[step], infos = envs.step(clipped_actions)
             final_obs[step] = next_obs
             discounted_returns[step] = discounted = args.gamma * discounted + rewards[step]
@@ -619,7 +636,7 @@ def train(args):
         agent.return_rms.update(torch.from_numpy(discounted_returns).flatten())
         scaled_rewards = torch.from_numpy(rewards).float()
         if args.norm_reward:
-            scaled_rewards = (scaled_rewards * agent.return_rms.scale().float()).clamp(-10, 10)
+            scaled_rewards = (scaled_rewards * agent.return_rms.scale.float()).clamp(-10, 10)
         batch = {"obs": agent.normalize(torch.from_numpy(obs)), "actions": torch.from_numpy(actions)}
         with torch.no_grad():
             batch["logprobs"] = agent.log_prob(batch["obs"], batch["actions"])

@@ -212,6 +212,7 @@ class RunningMeanStd(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("scale", torch.ones(shape, dtype=torch.float64))  # one over the standard deviation
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, batch):
@@ -220,10 +221,8 @@ class RunningMeanStd(nn.Module):
         squares = self.var * self.count + batch.var(0, correction=0) * len(batch)
         self.var.copy_((squares + delta**2 * self.count * len(batch) / total) / total)
         self.mean.add_(delta * len(batch) / total)
+        self.scale.copy_((self.var + 1e-8).rsqrt())
         self.count.copy_(total)
-
-    def scale(self):
-        return (self.var + 1e-8).rsqrt()
 
 
 def layer_init(layer, gain=2**0.5):
@@ -253,7 +252,7 @@ class Agent(nn.Module):
     def normalize(self, obs):
         """Raw observations (..., D) → float32 inputs (..., D), in standard deviations clipped to ±10 with --norm-obs."""
         if self.norm_obs:
-            obs = ((obs - self.obs_rms.mean) * self.obs_rms.scale()).clamp(-10, 10)
+            obs = ((obs - self.obs_rms.mean) * self.obs_rms.scale).clamp(-10, 10)
         return obs.float()
 
     def log_prob(self, obs, actions):
@@ -267,7 +266,17 @@ class Agent(nn.Module):
 
     def get_value(self, obs):
         """V(s): normalised observations (..., D) → (...)"""
-        return self.value_head(self.critic(obs)).squeeze(-1)
+        return self.value_head(self.critic(obs))[..., 0]
+
+
+def flatten_parameters(module):
+    """Moves all weights into one vector, all gradients into another: to clip and to step is then one operation each."""
+    vector = nn.Parameter(nn.utils.parameters_to_vector(module.parameters()).detach())
+    vector.grad = torch.zeros_like(vector)
+    sizes = [parameter.numel() for parameter in module.parameters()]
+    for parameter, data, grad in zip(module.parameters(), vector.data.split(sizes), vector.grad.split(sizes)):
+        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
+    return vector
 
 
 # Loss -----------------------------------------------------------------------------------------------------------------
@@ -302,18 +311,21 @@ def clipped_value_loss(values, old_values, returns, clip_coef):
     return 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square()).mean()
 
 
+def loss_coefficients(args):
+    """Weights of the terms that `minibatch_losses` returns, in its order."""
+    return {"policy_loss": 1.0, "value_loss": args.vf_coef, "entropy": -args.ent_coef}
+
+
 def minibatch_losses(agent, batch, args):
-    """The terms of the total loss on a minibatch, {name: (coefficient, scalar)}; `batch` as in `update`."""
+    """Policy and value loss and the entropy on a minibatch of `update`'s batch: three scalars."""
     ratio = torch.exp(agent.log_prob(batch["obs"], batch["actions"]) - batch["logprobs"])
     values, advantages = agent.get_value(batch["obs"]), batch["advantages"]
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    policy_loss = ppo_loss(ratio, advantages, args.clip_coef)
     value_clip = args.clip_coef if args.clip_vloss else math.inf
-    return {
-        "policy_loss": (1.0, ppo_loss(ratio, advantages, args.clip_coef)),
-        "value_loss": (args.vf_coef, clipped_value_loss(values, batch["values"], batch["returns"], value_clip)),
-        "entropy": (-args.ent_coef, agent.entropy()),
-    }
+    value_loss = clipped_value_loss(values, batch["values"], batch["returns"], value_clip)
+    return policy_loss, value_loss, agent.entropy()
 
 
 @torch.no_grad()
@@ -334,21 +346,23 @@ def update(agent, optimizer, batch, args):
     `batch` holds obs (B, D), actions (B, A), logprobs, values, advantages and returns (B,). FloatingPointError names the first
     term that is not finite.
     """
-    parameters, history = list(agent.parameters()), []
+    gradient = optimizer.param_groups[0]["params"][0].grad  # of all weights, see flatten_parameters
+    names, coefs = zip(*loss_coefficients(args).items())
+    coefs, history = torch.tensor(coefs), []
     for _ in range(args.update_epochs):
         shuffle = torch.randperm(len(batch["obs"]))
         shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
         for minibatch in zip(*shuffled):
-            losses = minibatch_losses(agent, dict(zip(batch, minibatch)), args)
-            optimizer.zero_grad()
-            sum(coef * loss for coef, loss in losses.values() if coef).backward()
-            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            losses = torch.stack(minibatch_losses(agent, dict(zip(batch, minibatch)), args))
+            gradient.zero_()
+            (coefs @ losses).backward()
+            gradient.mul_((args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0))
             optimizer.step()
-            history.append(torch.stack([loss.detach() for _, loss in losses.values()]))
+            history.append(losses.detach())
     history = torch.stack(history)
     for _, term in (~history.isfinite()).nonzero()[:1].tolist():
-        raise FloatingPointError(f"{list(losses)[term]} is not finite")
-    metrics = dict(zip(losses, history.mean(0))) | ratio_metrics(agent, batch, args)
+        raise FloatingPointError(f"{names[term]} is not finite")
+    metrics = dict(zip(names, history.mean(0))) | ratio_metrics(agent, batch, args)
     if not metrics["approx_kl"].isfinite():
         raise FloatingPointError("the ratio is not finite")
     return metrics | {"explained_variance": 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()}
@@ -513,7 +527,7 @@ def train(args):
     obs_dim, action_dim = next_obs.shape[1], math.prod(envs.single_action_space.shape)
     low, high = (bound.reshape(args.num_envs, action_dim) for bound in (envs.action_space.low, envs.action_space.high))
     agent = Agent(obs_dim, action_dim, args)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
 
@@ -563,8 +577,9 @@ def train(args):
         for step in range(args.num_steps):
             obs[step] = next_obs
             with torch.no_grad():
-                actions[step] = agent.actor_mean(agent.normalize(torch.from_numpy(next_obs))).numpy() + noise[step]
-            clipped_actions = actions[step].clip(low, high).reshape(envs.action_space.shape)
+                action = agent.actor_mean(agent.normalize(torch.from_numpy(next_obs))).numpy() + noise[step]
+            actions[step] = action
+            clipped_actions = np.minimum(np.maximum(action, low), high).reshape(envs.action_space.shape)
             next_obs, rewards[step], terminations[step], truncations[step], infos = envs.step(clipped_actions)
             final_obs[step] = next_obs
             discounted_returns[step] = discounted = args.gamma * discounted + rewards[step]
@@ -585,7 +600,7 @@ def train(args):
         agent.return_rms.update(torch.from_numpy(discounted_returns).flatten())
         scaled_rewards = torch.from_numpy(rewards).float()
         if args.norm_reward:
-            scaled_rewards = (scaled_rewards * agent.return_rms.scale().float()).clamp(-10, 10)
+            scaled_rewards = (scaled_rewards * agent.return_rms.scale.float()).clamp(-10, 10)
         batch = {"obs": agent.normalize(torch.from_numpy(obs)), "actions": torch.from_numpy(actions)}
         with torch.no_grad():
             batch["logprobs"] = agent.log_prob(batch["obs"], batch["actions"])

@@ -1,0 +1,114 @@
+"""Steps per second and peak memory of the scripts against Stable-Baselines3's PPO, at the same settings, in one run.
+
+One core, 1 environment × 2048 steps, minibatches of 64, 10 epochs, two hidden layers of 256. Every round runs all programs
+once, one after the other, so that a drift of the machine's speed meets them alike; ratios are taken within a round.
+
+    pip install stable-baselines3
+    python benchmark/throughput.py
+    python benchmark/throughput.py --scaling      steps per second of bpo_continuous.py by --num-envs, on all cores
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Both measure training from the first environment step to the last update; imports, set-up and evaluation are left out.
+OURS = """
+import contextlib, io, json, resource, sys, time
+sys.path.insert(0, {root!r})
+import {script} as script
+clock, progress_bar = [], script.tqdm
+def start_clock(**options):
+    clock.append(time.perf_counter())
+    return progress_bar(**options)
+def stop_clock(*_):
+    clock.append(time.perf_counter())
+    return []
+script.tqdm, script.evaluate, script.plot_learning_curve = start_clock, stop_clock, lambda *_: None
+with contextlib.redirect_stdout(io.StringIO()):
+    script.train(script.Args(**{flags!r}))
+memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({{"seconds": clock[1] - clock[0], "megabytes": memory / 1024}}))
+"""
+SB3 = """
+import json, resource, time, torch
+from stable_baselines3 import PPO
+torch.set_num_threads(1)
+model = PPO("MlpPolicy", {env_id!r}, n_steps=2048, batch_size=64, n_epochs=10, seed=1, device="cpu",
+            policy_kwargs={{"net_arch": [{hidden_size}, {hidden_size}]}})
+start = time.perf_counter()
+model.learn({steps})
+seconds = time.perf_counter() - start
+memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({{"seconds": seconds, "megabytes": memory / 1024}}))
+"""
+
+
+@dataclass
+class Args:
+    env_id: str = "HalfCheetah-v4"  # gymnasium id of the task
+    hidden_size: int = 256  # width of the two hidden layers
+    steps: int = 10_240  # steps of each run
+    rounds: int = 5  # runs of each program
+    scaling: bool = False  # measure --num-envs 1, 2, 4, 8, 16 instead, synchronous and asynchronous
+
+
+def measure(program, cores):
+    """Runs a program on the first `cores` cores in an empty folder; its seconds and peak megabytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        available = sorted(os.sched_getaffinity(0))[:cores]
+        process = subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True,
+                                 preexec_fn=lambda: os.sched_setaffinity(0, available))  # fmt: skip
+    if process.returncode:
+        sys.exit(f"throughput.py: a run failed: {process.stderr.strip().splitlines()[-1]}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def compare(programs, steps, rounds, cores):
+    """Prints a table of the programs, {name: source}, the last one being the reference."""
+    results = {name: [] for name in programs}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            results[name].append(measure(program, cores))
+    reference = [result["seconds"] for result in results[name]]
+    print(f"| program | steps/s, median | × {name}, median (min–max) | peak memory, MB |\n|---|---|---|---|")
+    for program, runs in results.items():
+        ratios = sorted(theirs / ours["seconds"] for ours, theirs in zip(runs, reference))
+        speed = statistics.median(steps / run["seconds"] for run in runs)
+        memory = max(run["megabytes"] for run in runs)
+        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+        print(f"| {program} | {speed:.0f} | {spread} | {memory:.0f} |", flush=True)
+
+
+def main():
+    args = tyro.cli(Args)
+    flags = {"env_id": args.env_id, "hidden_size": args.hidden_size, "total_timesteps": args.steps}
+
+    def ours(script, **changes):
+        return OURS.format(root=str(ROOT), script=script, flags=flags | changes)
+
+    if args.scaling:
+        programs = {}
+        for num_envs in (16, 8, 4, 2, 1):
+            for async_envs in (True, False):
+                name = f"{num_envs} environments, {'asynchronous' if async_envs else 'synchronous'}"
+                programs[name] = ours("bpo_continuous", num_envs=num_envs, num_steps=2048 // num_envs, async_envs=async_envs)
+        compare(programs, args.steps, args.rounds, os.cpu_count())
+    else:
+        sb3 = SB3.format(env_id=args.env_id, hidden_size=args.hidden_size, steps=args.steps)
+        programs = {"bpo_continuous.py": ours("bpo_continuous"), "ppo_baseline.py": ours("ppo_baseline")}
+        compare(programs | {"Stable-Baselines3 PPO": sb3}, args.steps, args.rounds, 1)
+
+
+if __name__ == "__main__":
+    main()
