@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from threadpoolctl import threadpool_limits
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -48,7 +49,7 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps in all
     num_envs: int = 1  # parallel environments
     async_envs: bool = False  # a process for each environment: pays where a simulator step takes longer than about 0.2 ms
-    torch_threads: int = 1  # CPU threads of the networks; at these sizes one is fastest
+    num_threads: int = 1  # CPU threads of the networks; at these sizes one is fastest
 
     num_steps: int = 2048  # steps in each environment per rollout
     num_minibatches: int = 32  # minibatches per epoch
@@ -247,13 +248,32 @@ class Agent(nn.Module):
         self.actor_logstd = nn.Parameter(torch.full((action_dim,), args.log_std_init))
         self.critic = hidden_layers(obs_dim, args)
         self.value_head = layer_init(nn.Linear(args.hidden_size, 1), 1.0)
-        self.obs_rms, self.return_rms, self.norm_obs = RunningMeanStd(obs_dim), RunningMeanStd(), args.norm_obs
+        self.obs_rms, self.return_rms = RunningMeanStd(obs_dim), RunningMeanStd()
+        self.norm_obs, self.activation = args.norm_obs, args.activation
 
     def normalize(self, obs):
         """Raw observations (..., D) → float32 inputs (..., D), in standard deviations clipped to ±10 with --norm-obs."""
         if self.norm_obs:
             obs = ((obs - self.obs_rms.mean) * self.obs_rms.scale).clamp(-10, 10)
         return obs.float()
+
+    def numpy_policy(self):
+        """Raw observations (N, D) → mean actions (N, A), arrays both: the actor in numpy, on the memory of the torch weights.
+
+        While stepping a few environments, torch's overhead would cost more than all the arithmetic.
+        """
+        activation = {"tanh": np.tanh, "relu": partial(np.maximum, 0)}[self.activation]
+        layers = [layer for layer in self.actor_mean if isinstance(layer, nn.Linear)]
+        *hidden, output = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in layers]
+        mean, scale = self.obs_rms.mean.numpy(), self.obs_rms.scale.numpy()
+
+        def policy(obs):
+            x = (((obs - mean) * scale).clip(-10, 10) if self.norm_obs else obs).astype(np.float32)
+            for weight, bias in hidden:
+                x = activation(x @ weight + bias)
+            return x @ output[0] + output[1]
+
+        return policy
 
     def log_prob(self, obs, actions):
         """log π(a|s): normalised observations (..., D), actions (..., A) → (...)"""
@@ -457,15 +477,14 @@ def evaluate(weights, args, run_dir):
     env = make_env(args.env_id, run_dir / "videos" if args.capture_video else None, "eval")
     agent = Agent(env.observation_space.shape[0], math.prod(env.action_space.shape), args)
     agent.load_state_dict(weights)
-    returns = []
+    policy, returns = agent.numpy_policy(), []
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=args.seed + 1_000_000 + episode)
         returns.append(0.0)
         done = False
         while not done:
-            with torch.no_grad():
-                action = agent.actor_mean(agent.normalize(torch.as_tensor(obs))).numpy().reshape(env.action_space.shape)
-            obs, reward, terminated, truncated, _ = env.step(action.clip(env.action_space.low, env.action_space.high))
+            action = policy(obs).reshape(env.action_space.shape).clip(env.action_space.low, env.action_space.high)
+            obs, reward, terminated, truncated, _ = env.step(action)
             returns[-1] += float(reward)
             done = terminated or truncated
     env.close()
@@ -479,7 +498,7 @@ def evaluate(weights, args, run_dir):
 
 def check_args(args):
     """Exits with a line on arguments that can't be."""
-    counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_size", "torch_threads", "checkpoint_every")
+    counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_size", "num_threads", "checkpoint_every")
     for name in (*counts, "eval_episodes"):
         if getattr(args, name) < 1:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
@@ -514,7 +533,8 @@ def train(args):
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.torch_threads)
+    torch.set_num_threads(args.num_threads)
+    threadpool_limits(args.num_threads)  # numpy's
     stopped_by = []
 
     def stop(signum, frame):
@@ -558,6 +578,7 @@ def train(args):
 
     if not checkpoint:
         save()
+    policy = agent.numpy_policy()
     shape = (args.num_steps, args.num_envs)
     obs = np.zeros((*shape, obs_dim), next_obs.dtype)
     final_obs = np.zeros_like(obs)  # what each action led to, before any reset
@@ -576,10 +597,8 @@ def train(args):
         noise = (torch.randn(*shape, action_dim) * agent.actor_logstd.detach().exp()).numpy()
         for step in range(args.num_steps):
             obs[step] = next_obs
-            with torch.no_grad():
-                action = agent.actor_mean(agent.normalize(torch.from_numpy(next_obs))).numpy() + noise[step]
-            actions[step] = action
-            clipped_actions = np.minimum(np.maximum(action, low), high).reshape(envs.action_space.shape)
+            actions[step] = action = policy(next_obs) + noise[step]
+            clipped_actions = action.clip(low, high).reshape(envs.action_space.shape)
             next_obs, rewards[step], terminations[step], truncations[step], infos = envs.step(clipped_actions)
             final_obs[step] = next_obs
             discounted_returns[step] = discounted = args.gamma * discounted + rewards[step]
