@@ -180,7 +180,7 @@ def make_env(env_id, video_folder=None, name_prefix="train"):
     if video_folder and not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
         os.environ["MUJOCO_GL"] = "egl"  # renders without a screen
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if video_folder else None, disable_env_checker=True)
+        env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if video_folder else {}))
     except gym.error.UnregisteredEnv as error:
         matches = difflib.get_close_matches(env_id, gym.registry, cutoff=0.5)
         sys.exit(f"{SCRIPT}: no task {env_id!r}. " + (f"Close: {', '.join(matches)}" if matches else str(error)))
@@ -559,7 +559,7 @@ def train(args):
         run_dir = new_run_dir(args)
         (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2))
         (run_dir / "episodes.csv").write_text("step,return,length,wall_time\n")
-    print(f"run folder: {run_dir}")
+    print(f"run folder: {run_dir}", flush=True)
     if args.track:
         import wandb
 

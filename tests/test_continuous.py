@@ -1,0 +1,373 @@
+"""bpo_continuous.py and ppo_baseline.py on real environments: time limits, seeds, resume, conduct."""
+
+import csv
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import bpo_continuous as bpo
+import ppo_baseline as ppo
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"num_steps": 256, "num_minibatches": 4, "update_epochs": 2, "eval_episodes": 1, "hidden_size": 16}
+FLAGS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def command(script, *flags):
+    return [sys.executable, str(ROOT / script), *map(str, flags)]
+
+
+def run(folder, script, *flags, **options):
+    return subprocess.run(command(script, *flags), cwd=folder, capture_output=True, text=True, **options)
+
+
+def checkpoint(run_dir):
+    return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)
+
+
+def episodes(run_dir):
+    """Rows of episodes.csv without the wall time, which no two runs share."""
+    with open(Path(run_dir) / "episodes.csv") as file:
+        return [row[:3] for row in csv.reader(file)]
+
+
+def assert_same_weights(first, second):
+    first, second = checkpoint(first)["agent"], checkpoint(second)["agent"]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Countdown(gym.Env):
+    """Observes (episode, step); ends by termination after 3 steps in even episodes, is truncated after 5 in odd ones."""
+
+    observation_space = gym.spaces.Box(-1e6, 1e6, (2,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    episode = -1
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        return np.array([self.episode, 0.0]), {}
+
+    def step(self, action):
+        self.t += 1
+        even = self.episode % 2 == 0
+        return np.array([self.episode, self.t], float), 1.0, even and self.t == 3, not even and self.t == 5, {"info": self.t}
+
+
+gym.register("Countdown-v0", Countdown)
+
+
+@pytest.mark.parametrize("async_envs", [False, True])
+def test_no_transition_crosses_a_reset_and_only_termination_ends_the_bootstrap(async_envs, tmp_path, monkeypatch):
+    seen = {}
+    gae = bpo.gae
+
+    def spy_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+        seen.update(values=values, next_values=next_values, terminations=terminations, dones=dones)
+        return gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda)
+
+    def value(self, obs):  # a value that names the observation: 100·episode + step
+        return obs[..., 0] * 100 + obs[..., 1]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bpo, "gae", spy_gae)
+    monkeypatch.setattr(bpo.Agent, "get_value", value)
+    monkeypatch.setattr(bpo, "update", lambda *_: {})
+    flags = {**SMALL, "num_steps": 16, "total_timesteps": 32, "num_envs": 2, "norm_obs": False, "async_envs": async_envs}
+    bpo.train(bpo.Args(env_id="Countdown-v0", **flags))
+    episode_0 = [0, 1, 2]  # terminates
+    episode_1 = [100, 101, 102, 103, 104]  # is truncated
+    assert seen["values"][:8, 1].tolist() == episode_0 + episode_1
+    assert seen["next_values"][:8, 1].tolist() == [1, 2, 3, 101, 102, 103, 104, 105]
+    assert seen["terminations"][:8, 1].tolist() == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert seen["dones"][:8, 1].tolist() == [0, 0, 1, 0, 0, 0, 0, 1]
+
+
+TASKS = ["Ant-v4", "HalfCheetah-v4", "Hopper-v5", "Humanoid-v4", "HumanoidStandup-v5", "InvertedDoublePendulum-v5", "Pusher-v5"]
+TASKS += ["Reacher-v5", "Swimmer-v4", "Walker2d-v5", "MountainCarContinuous-v0", "Pendulum-v1"]
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+def test_a_saved_simulator_goes_on_bit_for_bit(env_id, tmp_path):
+    env, twin = bpo.make_env(env_id), bpo.make_env(env_id)
+    env.reset(seed=3)
+    twin.reset(seed=4)
+    actions = np.random.default_rng(0).uniform(-1, 1, (400, *env.action_space.shape)).astype(np.float32)
+
+    def play(env, actions):
+        trace = []
+        for action in actions:
+            obs, reward, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                obs, _ = env.reset()
+            trace.append(np.append(obs, [reward, terminated, truncated]))
+        return np.array(trace)
+
+    play(env, actions[:60])
+    play(twin, actions[:10])
+    bpo.save_checkpoint(tmp_path, {"state": env.simulator_state})  # through the file, as on resume
+    twin.simulator_state = bpo.convert(checkpoint(tmp_path)["state"], torch.Tensor, torch.Tensor.numpy)
+    np.testing.assert_array_equal(play(env, actions[60:]), play(twin, actions[60:]))
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_the_numpy_policy_is_the_torch_actor(activation):
+    torch.manual_seed(0)
+    agent = bpo.Agent(5, 3, bpo.Args(activation=activation))
+    vector, policy = bpo.flatten_parameters(agent), agent.numpy_policy()
+    with torch.no_grad():
+        vector += 0.1 * torch.randn_like(vector)
+    agent.obs_rms.update(3 + 2 * torch.randn(100, 5, dtype=torch.float64))
+    obs = torch.randn(7, 5, dtype=torch.float64) * 20
+    np.testing.assert_allclose(policy(obs.numpy()), agent.actor_mean(agent.normalize(obs)).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_log_prob_and_entropy_are_those_of_a_normal_distribution():
+    torch.manual_seed(0)
+    agent = bpo.Agent(5, 3, bpo.Args(log_std_init=-0.7))
+    obs, actions = torch.randn(6, 5), torch.randn(6, 3)
+    normal = torch.distributions.Normal(agent.actor_mean(obs), agent.actor_logstd.exp())
+    torch.testing.assert_close(agent.log_prob(obs, actions), normal.log_prob(actions).sum(-1))
+    torch.testing.assert_close(agent.entropy(), normal.entropy()[0].sum())
+
+
+def test_running_statistics_are_those_of_all_batches_together():
+    batches = [torch.randn(size, 4, dtype=torch.float64) * size + size for size in (3, 50, 7)]
+    statistics = bpo.RunningMeanStd(4)
+    for batch in batches:
+        statistics.update(batch)
+    together = torch.cat(batches)
+    torch.testing.assert_close(statistics.mean, together.mean(0))
+    torch.testing.assert_close(statistics.var, together.var(0, correction=0))
+
+
+@pytest.mark.parametrize("script", [bpo, ppo])
+def test_one_update_step_is_that_of_adam_on_the_clipped_gradient(script):
+    """The flat parameter vector must do what one Adam over the separate layers does."""
+    args = script.Args(num_minibatches=1, update_epochs=1, max_grad_norm=0.1)
+    torch.manual_seed(0)
+    flat, plain = (script.Agent(4, 2, args) for _ in range(2))
+    plain.load_state_dict(flat.state_dict())
+    batch = {"obs": torch.randn(32, 4), "actions": torch.randn(32, 2), "logprobs": -3 + torch.rand(32)}
+    batch |= {name: torch.randn(32) for name in ("values", "advantages", "returns")}
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, eps=1e-5)
+    losses = torch.stack(script.minibatch_losses(plain, batch, args))
+    (losses @ torch.tensor(list(script.loss_coefficients(args).values()))).backward()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), args.max_grad_norm)
+    optimizer.step()
+    script.update(flat, torch.optim.Adam([script.flatten_parameters(flat)], lr=1e-3, eps=1e-5, fused=True), batch, args)
+    for ours, theirs in zip(flat.parameters(), plain.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("script", ["bpo_continuous.py", "ppo_baseline.py"])
+def test_a_killed_run_resumes_to_the_same_weights_and_episodes(script, tmp_path):
+    flags = [*FLAGS, "--env-id", "Hopper-v4", "--num-envs", 2, "--total-timesteps", 512 * 12, "--checkpoint-every", 2]
+    whole = run(tmp_path, script, *flags)
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        command(script, *flags), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    killed = tmp_path / process.stdout.readline().split()[-1]
+    kills, iterations = 0, set()
+    for pause in (1.0, 0.4, 0.9):  # instants that fall anywhere in an iteration
+        while not (killed / "checkpoint.pt").exists():
+            time.sleep(0.01)
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        iterations.add(checkpoint(killed)["state"]["iteration"])
+        with open(killed / "episodes.csv", "a") as file:
+            file.write("999,")  # as if killed in the middle of a row
+        process = subprocess.Popen(
+            command(script, "--resume", killed), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert kills >= 1 and min(iterations) < 12
+    (finished,) = {path for path in (tmp_path / "runs").iterdir()} - {killed}
+    assert_same_weights(finished, killed)
+    assert episodes(finished) == episodes(killed) and len(episodes(killed)) > 20
+
+
+def test_sigterm_saves_and_asynchronous_environments_resume_too(tmp_path):
+    flags = [*FLAGS, "--env-id", "Hopper-v4", "--num-envs", 2, "--async-envs", "--total-timesteps", 512 * 8]
+    assert run(tmp_path, "bpo_continuous.py", *flags).returncode == 0
+    process = subprocess.Popen(command("bpo_continuous.py", *flags), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    stopped = tmp_path / process.stdout.readline().split()[-1]
+    while not (stopped / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.terminate()
+    output, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM and f"--resume runs/{stopped.name}" in output
+    assert 1 <= checkpoint(stopped)["state"]["iteration"] < 8
+    assert run(tmp_path, "bpo_continuous.py", "--resume", stopped).returncode == 0
+    (finished,) = {path for path in (tmp_path / "runs").iterdir()} - {stopped}
+    assert_same_weights(finished, stopped)
+
+
+def test_an_unknown_simulator_resumes_with_new_episodes_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_dir = bpo.train(bpo.Args(env_id="Countdown-v0", total_timesteps=512, **SMALL))
+    state = checkpoint(run_dir)
+    state["args"]["total_timesteps"] = 1024
+    bpo.save_checkpoint(run_dir, state)
+    bpo.train(bpo.Args(resume=str(run_dir)))
+    assert "can't be saved: new episodes begin" in capsys.readouterr().out
+    assert checkpoint(run_dir)["state"]["iteration"] == 4
+
+
+def test_same_seed_same_weights_and_another_seed_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=512, seed=seed, **SMALL)) for seed in (1, 1, 2)]
+    assert_same_weights(runs[0], runs[1])
+    assert not torch.equal(checkpoint(runs[0])["agent"]["critic.0.weight"], checkpoint(runs[2])["agent"]["critic.0.weight"])
+
+
+@pytest.mark.parametrize("script", ["bpo_continuous.py", "ppo_baseline.py"])
+def test_it_learns_to_balance_a_pole(script, tmp_path):
+    flags = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", 24576, "--num-minibatches", 16, "--learning-rate", "1e-3"]
+    result = run(tmp_path, script, *flags, "--eval-episodes", 5)
+    assert result.returncode == 0, result.stderr
+    score = float(result.stdout.split("evaluation: ")[1].split()[0])
+    assert score > 400, result.stdout  # a random policy balances for about 6 steps, the task ends after 1000
+
+
+def test_a_run_leaves_what_the_readme_lists(tmp_path):
+    result = run(tmp_path, "bpo_continuous.py", *FLAGS, "--env-id", "Pendulum-v1", "--total-timesteps", 1024)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name.startswith("Pendulum-v1__bpo_continuous__1__") and run_dir.name in result.stdout
+    assert result.stderr == ""  # no progress bar without a terminal
+    assert json.loads((run_dir / "config.json").read_text())["epsilon"] == bpo.Args().epsilon
+    assert episodes(run_dir)[0] == ["step", "return", "length"] and episodes(run_dir)[1][::2] == ["200", "200"]
+    assert (run_dir / "learning_curve.png").stat().st_size > 10_000
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = set(EventAccumulator(str(run_dir)).Reload().Tags()["scalars"])
+    losses = "policy_loss value_loss median_loss entropy old_approx_kl approx_kl clipfrac ratio_error explained_variance"
+    charts = "episodic_return episodic_length learning_rate SPS"
+    assert {f"losses/{name}" for name in losses.split()} | {f"charts/{name}" for name in charts.split()} <= tags
+
+    result = run(tmp_path, "bpo_continuous.py", "--evaluate", run_dir, "--eval-episodes", 2)
+    assert result.returncode == 0 and "mean ± std of 2 episodes" in result.stdout
+
+
+def test_wandb_works_without_an_account(tmp_path):
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    flags = [*FLAGS, "--env-id", "Pendulum-v1", "--total-timesteps", 256, "--track"]
+    result = run(tmp_path, "bpo_continuous.py", *flags, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "runs").glob("*/wandb/offline-run-*"))
+
+
+def test_video_is_filmed_without_a_screen(tmp_path):
+    flags = [*FLAGS, "--env-id", "InvertedPendulum-v5", "--total-timesteps", 256, "--capture-video"]
+    result = run(tmp_path, "bpo_continuous.py", *flags)
+    if result.returncode and "EGL" in result.stderr:
+        pytest.skip("this machine has no EGL to render with")
+    assert result.returncode == 0, result.stderr
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert {path.name.split("-")[0] for path in run_dir.glob("videos/*.mp4")} == {"train", "eval"}
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    class Poisoned(Countdown):
+        def step(self, action):
+            obs, reward, *rest = super().step(action)
+            return obs, reward if self.episode < 100 else np.nan, *rest
+
+    gym.register("Poisoned-v0", Poisoned)
+    monkeypatch.chdir(tmp_path)
+    args = bpo.Args(env_id="Poisoned-v0", total_timesteps=256 * 10, checkpoint_every=1, norm_reward=False, **SMALL)
+    with pytest.raises(SystemExit, match=r"stopped at step 512: policy_loss is not finite"):
+        bpo.train(args)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert checkpoint(run_dir)["state"]["iteration"] == 1
+    assert all(tensor.isfinite().all() for tensor in checkpoint(run_dir)["agent"].values())
+
+
+def test_a_full_disk_costs_a_checkpoint_but_not_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fsync, calls = os.fsync, []
+
+    def full_disk(descriptor):
+        calls.append(descriptor)
+        if len(calls) in (3, 4):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    run_dir = bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=1280, checkpoint_every=1, **SMALL))
+    assert capsys.readouterr().err.count("No space left on device") == 2
+    assert checkpoint(run_dir)["state"]["iteration"] == 5 and not (run_dir / "checkpoint.tmp").exists()
+
+
+BAD_INPUT = [
+    (["--env-id", "HalfCheeta-v4"], "HalfCheetah-v4"),
+    (["--env-id", "HalfCheetah-v77"], "HalfCheetah-v"),
+    (["--env-id", "CartPole-v1"], "bpo_atari.py"),
+    (["--env-id", "ALE/Pong-v5"], "bpo_atari.py"),
+    (["--env-id", "Images-v0"], "images"),
+    (["--epsilon", "1.5"], "--epsilon"),
+    (["--epsilon", "0"], "--epsilon"),
+    (["--temperature", "0"], "--temperature"),
+    (["--num-minibatches", "4096"], "--num-minibatches"),
+    (["--total-timesteps", "100"], "--total-timesteps"),
+    (["--num-envs", "0"], "--num-envs"),
+    (["--env-id", "Reacher-v5", "--preset", "paper"], "Ant, HalfCheetah, Hopper, Humanoid, Swimmer"),
+    (["--resume", "nowhere"], "nowhere"),
+    (["--evaluate", "nowhere"], "nowhere"),
+    (["--resume", "nowhere", "--seed", "3"], "no other flag"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD_INPUT, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_is_answered_in_one_line(flags, words, tmp_path, monkeypatch, capsys):
+    class Images(Countdown):
+        observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+
+    if "Images-v0" not in gym.registry:
+        gym.register("Images-v0", Images)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bpo_continuous.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        bpo.main()
+    assert words in stop.value.code and "\n" not in stop.value.code and not (tmp_path / "runs").exists()
+
+
+def test_foreign_and_damaged_run_folders_are_answered_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=256, **SMALL))
+    with pytest.raises(SystemExit, match="is a run of bpo_continuous"):
+        ppo.load_checkpoint(run_dir)
+    whole = (run_dir / "checkpoint.pt").read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"not a checkpoint"):
+        (run_dir / "checkpoint.pt").write_bytes(damaged)
+        with pytest.raises(SystemExit, match="damaged"):
+            bpo.load_checkpoint(run_dir)
+    torch.save({"weights": 1}, run_dir / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="no checkpoint of this version"):
+        bpo.load_checkpoint(run_dir)
+
+
+def test_the_paper_preset_is_the_authors_row_and_flags_win_over_it(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(bpo, "train", seen.append)
+    monkeypatch.setattr(sys, "argv", ["bpo.py", "--env-id", "Hopper-v4", "--preset", "paper", "--gamma", "0.5"])
+    bpo.main()
+    (args,) = seen
+    assert (args.num_envs, args.num_steps, args.num_envs * args.num_steps // args.num_minibatches) == (4, 512, 32)
+    assert (args.epsilon, args.temperature, args.learning_rate, args.gamma) == (0.25, 10.0, 9.808e-5, 0.5)
+    assert not (args.norm_obs or args.norm_reward or args.norm_adv or args.anneal_lr)
