@@ -43,6 +43,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
+gym.logger.min_level = gym.logger.ERROR  # the paper's tasks are v4, which gymnasium calls out of date at every start
 
 
 @dataclass
@@ -701,9 +702,10 @@ def train(args):
     if stopped_by:
         print(f"stopped at step {iteration * batch_size}; to go on: python {SCRIPT}.py --resume {run_dir}")
         sys.exit(128 + stopped_by[0])
-    for episode, score in enumerate(evaluate(agent.state_dict(), args, run_dir)):
-        writer.add_scalar("eval/episodic_return", score, episode)
-    writer.close()
+    with contextlib.suppress(OSError):
+        for episode, score in enumerate(evaluate(agent.state_dict(), args, run_dir)):
+            writer.add_scalar("eval/episodic_return", score, episode)
+        writer.close()
     plot_learning_curve(run_dir, f"{args.env_id}, {SCRIPT}, seed {args.seed}")
     print(f"learning curve: {run_dir / 'learning_curve.png'}")
     return run_dir
@@ -723,7 +725,10 @@ def main():
         settings = replace(checkpoint["args"], eval_episodes=args.eval_episodes, capture_video=args.capture_video)
         evaluate(checkpoint["agent"], settings, Path(args.evaluate))
     else:
-        train(args)
+        try:
+            train(args)
+        except OSError as error:
+            sys.exit(f"{SCRIPT}: {error}: is there room and permission to write in {Path('runs').absolute()}?")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""Runs a matrix of arms × tasks × seeds, one core a run, and leaves a small CSV file for each.
+
+    python benchmark/run.py benchmark/first_look.toml --jobs 2 --time-limit 150m
+
+Interrupt it at will, or let the time limit do so: finished runs are never repeated, and unfinished ones are resumed. A cluster
+shares a matrix out by `--shard 1/4` … `--shard 4/4`. The matrix is a TOML file:
+
+    total_timesteps = 300_000
+    seeds = [1, 2, 3]
+    tasks = ["HalfCheetah-v4", "Hopper-v4"]
+    [arms]                                  # name = "script flags"
+    bpo = "bpo_continuous.py"
+    bpo-mean = "bpo_continuous.py --no-use-median"
+
+Each CSV file, benchmark/results/<matrix>/<arm>__<task>__<seed>.csv, has a comment line with command, versions and processor,
+and then the mean return of the episodes that ended in each hundredth of the run.
+"""
+
+import csv
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+BUCKETS = 100
+
+
+@dataclass
+class Args:
+    matrix: tyro.conf.Positional[Path]  # TOML file
+    jobs: int = os.cpu_count() or 1  # runs at a time
+    time_limit: str = ""  # such as 150m or 8h: when it is over, runs save themselves and wait for the next start
+    shard: str = "1/1"  # k/n: the k-th of n equal parts of the matrix
+
+
+@dataclass
+class Run:
+    name: str
+    flags: list[str]
+    folder: Path  # scratch: holds runs/
+    result: Path  # the CSV file
+
+    def command(self):
+        """The command that starts this run, or goes on with it."""
+        script = [sys.executable, str(ROOT / self.flags[0])]
+        started = [path.parent for path in self.folder.glob("runs/*/checkpoint.pt")]
+        return [*script, "--resume", str(started[0])] if started else [*script, *self.flags[1:]]
+
+
+def seconds(text):
+    """'150m' → 9000."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    if not text:
+        return float("inf")
+    if text[-1] not in units or not text[:-1].isdigit():
+        sys.exit(f"run.py: --time-limit {text} is not a number followed by s, m or h")
+    return int(text[:-1]) * units[text[-1]]
+
+
+def load_matrix(path, shard):
+    """The runs of a matrix file that fall into a shard, seeds slowest, so that an early stop leaves whole seeds."""
+    try:
+        matrix = tomllib.loads(path.read_text())
+        k, n = map(int, shard.split("/"))
+        combinations = [(seed, task, arm) for seed in matrix["seeds"] for task in matrix["tasks"] for arm in matrix["arms"]]
+    except (OSError, tomllib.TOMLDecodeError, KeyError, ValueError) as error:
+        sys.exit(f"run.py: can't use {path} with --shard {shard}: {type(error).__name__} {error}")
+    runs = []
+    for seed, task, arm in combinations[k - 1 :: n]:
+        name = f"{arm}__{task.replace('/', '-')}__{seed}"
+        flags = [*shlex.split(matrix["arms"][arm]), "--env-id", task, "--seed", str(seed)]
+        flags += ["--total-timesteps", str(matrix["total_timesteps"])]
+        folder = ROOT / "benchmark" / "scratch" / path.stem / name
+        runs.append(Run(name, flags, folder, ROOT / "benchmark" / "results" / path.stem / f"{name}.csv"))
+    return runs, matrix["total_timesteps"]
+
+
+def processor():
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_result(run, total_timesteps):
+    """Reduces a finished run's episodes.csv to its CSV file, written in one step."""
+    (episodes,) = run.folder.glob("runs/*/episodes.csv")
+    buckets = [[] for _ in range(BUCKETS)]
+    with open(episodes) as file:
+        for row in csv.DictReader(file):
+            buckets[min(int(row["step"]) * BUCKETS // total_timesteps, BUCKETS - 1)].append(float(row["return"]))
+    packages = " ".join(f"{name}=={version(name)}" for name in ("torch", "gymnasium", "mujoco", "numpy"))
+    lines = [
+        f"# python {shlex.join(run.flags)} | python=={platform.python_version()} {packages} | {processor()}",
+        "step,return,episodes",
+    ]
+    for i, returns in enumerate(buckets):
+        if returns:
+            lines.append(f"{(i + 1) * total_timesteps // BUCKETS},{sum(returns) / len(returns):.2f},{len(returns)}")
+    run.result.parent.mkdir(parents=True, exist_ok=True)
+    temporary = run.result.with_suffix(".tmp")
+    temporary.write_text("\n".join(lines) + "\n")
+    temporary.replace(run.result)
+
+
+def start(run, core):
+    run.folder.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    with open(run.folder / "log.txt", "a") as log:
+        return subprocess.Popen(run.command(), cwd=run.folder, env=environment, stdout=log, stderr=log, start_new_session=True,
+                                preexec_fn=lambda: os.sched_setaffinity(0, {core}))  # fmt: skip
+
+
+def main():
+    args = tyro.cli(Args)
+    deadline = time.monotonic() + seconds(args.time_limit)
+    runs, total_timesteps = load_matrix(args.matrix, args.shard)
+    waiting = [run for run in runs if not run.result.exists()]
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
+    cores = sorted(os.sched_getaffinity(0))
+    running, failed = {}, []
+
+    def interrupt(signum, frame):
+        nonlocal deadline
+        deadline = 0
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    while running or (waiting and time.monotonic() < deadline):
+        while waiting and len(running) < args.jobs and time.monotonic() < deadline:
+            used = {core for _, core in running.values()}
+            core = next((core for core in cores if core not in used), cores[len(running) % len(cores)])
+            run = waiting.pop(0)
+            running[start(run, core)] = run, core
+        if time.monotonic() >= deadline:
+            for process in running:
+                process.send_signal(signal.SIGTERM)
+            deadline = float("inf")
+            waiting = []
+        for process in [process for process in running if process.poll() is not None]:
+            run, _ = running.pop(process)
+            if process.returncode == 0:
+                write_result(run, total_timesteps)
+                print(f"{time.strftime('%H:%M')} finished {run.name}", flush=True)
+            elif process.returncode != 128 + signal.SIGTERM:
+                failed.append(run.name)
+                print(f"{time.strftime('%H:%M')} FAILED {run.name}: see {run.folder / 'log.txt'}", flush=True)
+        time.sleep(0.2)
+    missing = sum(not run.result.exists() for run in runs)
+    print(f"{len(runs) - missing} of {len(runs)} runs finished" + (f"; {len(failed)} failed" if failed else ""))
+    sys.exit(1 if missing else 0)
+
+
+if __name__ == "__main__":
+    main()
