@@ -49,7 +49,7 @@ class Args:
     seed: int = 1  # seed of networks, policy noise and environments
     total_timesteps: int = 1_000_000  # environment steps in all
     num_envs: int = 1  # parallel environments
-    async_envs: bool = False  # a process for each environment: pays where a simulator step takes longer than about 0.2 ms
+    async_envs: bool = False  # a process for each environment: for simulators slower than MuJoCo's tasks
     num_threads: int = 1  # CPU threads of the networks; at these sizes one is fastest
 
     num_steps: int = 2048  # steps in each environment per rollout

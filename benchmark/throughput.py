@@ -5,7 +5,8 @@ once, one after the other, so that a drift of the machine's speed meets them ali
 
     pip install stable-baselines3
     python benchmark/throughput.py
-    python benchmark/throughput.py --scaling      steps per second of bpo_continuous.py by --num-envs, on all cores
+    python benchmark/throughput.py --scaling    steps per second of bpo_continuous.py by --num-envs, on all cores
+    python benchmark/throughput.py --update     time of a BPO update as a multiple of a PPO update, without environment
 """
 
 import json
@@ -39,6 +40,27 @@ with contextlib.redirect_stdout(io.StringIO()):
 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({{"seconds": clock[1] - clock[0], "megabytes": memory / 1024}}))
 """
+UPDATE = """
+import json, statistics, sys, time
+sys.path.insert(0, {root!r})
+import torch, bpo_continuous, ppo_baseline
+torch.set_num_threads(1)
+batch = {{"obs": torch.randn(2048, 17), "actions": torch.randn(2048, 6), "logprobs": torch.full((2048,), -9.0)}}
+batch |= {{name: torch.randn(2048) for name in ("values", "advantages", "returns")}}
+def timer(script):
+    args = script.Args(hidden_size={hidden_size})
+    agent = script.Agent(17, 6, args)
+    optimizer = torch.optim.Adam([script.flatten_parameters(agent)], lr=1e-5, eps=1e-5, fused=True)
+    def seconds():
+        start = time.perf_counter()
+        script.update(agent, optimizer, batch, args)
+        return time.perf_counter() - start
+    seconds()
+    return seconds
+bpo, ppo = timer(bpo_continuous), timer(ppo_baseline)
+ratios = sorted(bpo() / ppo() for _ in range({rounds}))
+print(json.dumps([statistics.median(ratios), ratios[0], ratios[-1]]))
+"""
 SB3 = """
 import json, resource, time, torch
 from stable_baselines3 import PPO
@@ -59,11 +81,12 @@ class Args:
     hidden_size: int = 256  # width of the two hidden layers
     steps: int = 10_240  # steps of each run
     rounds: int = 5  # runs of each program
-    scaling: bool = False  # measure --num-envs 1, 2, 4, 8, 16 instead, synchronous and asynchronous
+    scaling: bool = False  # measure --num-envs 1, 4 and 16 instead, synchronous and asynchronous
+    update: bool = False  # measure the updates alone instead
 
 
 def measure(program, cores):
-    """Runs a program on the first `cores` cores in an empty folder; its seconds and peak megabytes."""
+    """Runs a program on the first `cores` cores in an empty folder; what it prints last, as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         available = sorted(os.sched_getaffinity(0))[:cores]
@@ -97,9 +120,12 @@ def main():
     def ours(script, **changes):
         return OURS.format(root=str(ROOT), script=script, flags=flags | changes)
 
-    if args.scaling:
+    if args.update:
+        median, low, high = measure(UPDATE.format(root=str(ROOT), hidden_size=args.hidden_size, rounds=args.rounds), 1)
+        print(f"a BPO update takes {median:.2f} times a PPO update (median of {args.rounds} pairs, {low:.2f}–{high:.2f})")
+    elif args.scaling:
         programs = {}
-        for num_envs in (16, 8, 4, 2, 1):
+        for num_envs in (16, 4, 1):
             for async_envs in (True, False):
                 name = f"{num_envs} environments, {'asynchronous' if async_envs else 'synchronous'}"
                 programs[name] = ours("bpo_continuous", num_envs=num_envs, num_steps=2048 // num_envs, async_envs=async_envs)
