@@ -1,0 +1,55 @@
+"""benchmark/run.py and report.py on a matrix of two short runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MATRIX = """
+total_timesteps = 4096
+seeds = [1]
+tasks = ["Pendulum-v1"]
+[arms]
+small = "bpo_continuous.py --num-steps 512 --num-minibatches 8 --checkpoint-every 1 --eval-episodes 1"
+mean = "bpo_continuous.py --num-steps 512 --num-minibatches 8 --checkpoint-every 1 --eval-episodes 1 --no-use-median"
+"""
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A copy of the scripts, so that results land beside it."""
+    (tmp_path / "benchmark").mkdir()
+    for name in ("bpo_continuous.py", "benchmark/run.py", "benchmark/report.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "short.toml").write_text(MATRIX)
+    return tmp_path
+
+
+def run(repository, *command):
+    return subprocess.run([sys.executable, *command], cwd=repository, capture_output=True, text=True)
+
+
+def test_a_matrix_is_resumed_after_its_time_limit_and_reported(repository):
+    stopped = run(repository, "benchmark/run.py", "short.toml", "--time-limit", "8s", "--shard", "1/2")
+    if stopped.returncode:  # the time was too short for the run, as it should be on most machines
+        assert "0 of 1 runs finished" in stopped.stdout
+    assert run(repository, "benchmark/run.py", "short.toml").returncode == 0
+    results = sorted(path.name for path in (repository / "benchmark/results/short").iterdir())
+    assert results == ["mean__Pendulum-v1__1.csv", "small__Pendulum-v1__1.csv"]
+    assert len(list(repository.glob("benchmark/scratch/short/small__Pendulum-v1__1/runs/*"))) == 1  # resumed, not repeated
+    lines = (repository / "benchmark/results/short/small__Pendulum-v1__1.csv").read_text().splitlines()
+    assert lines[0].startswith("# python bpo_continuous.py --num-steps 512") and "torch==" in lines[0]
+    assert lines[1] == "step,return,episodes" and sum(int(line.split(",")[2]) for line in lines[2:]) == 20
+    again = run(repository, "benchmark/run.py", "short.toml")
+    assert "2 runs, 2 finished before" in again.stdout
+
+    report = run(repository, "benchmark/report.py", "short.toml", "--output", "short.png")
+    assert "| Pendulum-v1 | -" in report.stdout and (repository / "short.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("flags", [["nowhere.toml"], ["short.toml", "--time-limit", "soon"], ["short.toml", "--shard", "a"]])
+def test_bad_input_is_answered_in_one_line(repository, flags):
+    result = run(repository, "benchmark/run.py", *flags)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
