@@ -18,7 +18,7 @@ def definitions(script):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found[node.name] = ast.get_source_segment(source, node)
         elif isinstance(node, ast.Assign):
-            found[node.targets[0].id] = ast.get_source_segment(source, node)
+            found[ast.unparse(node.targets[0])] = ast.get_source_segment(source, node)
     return found
 
 
