@@ -94,6 +94,26 @@ def test_no_transition_crosses_a_reset_and_only_termination_ends_the_bootstrap(a
     assert seen["dones"][:8, 1].tolist() == [0, 0, 1, 0, 0, 0, 0, 1]
 
 
+def test_dict_observations_are_flattened_and_actions_keep_their_shape(tmp_path, monkeypatch):
+    class Nested(Countdown):
+        observation_space = gym.spaces.Dict({"where": gym.spaces.Box(-9, 9, (2,)), "mode": gym.spaces.Discrete(3)})
+        action_space = gym.spaces.Box(-1, 1, (2, 2))
+
+        def reset(self, **kwargs):
+            super().reset(**kwargs)
+            return {"where": np.zeros(2, np.float32), "mode": 1}, {}
+
+        def step(self, action):
+            assert action.shape == (2, 2) and abs(action).max() <= 1
+            _, reward, terminated, truncated, _ = super().step(action)
+            return {"where": np.ones(2, np.float32), "mode": self.t % 3}, reward, terminated, truncated, {}
+
+    gym.register("Nested-v0", Nested)
+    monkeypatch.chdir(tmp_path)
+    run_dir = bpo.train(bpo.Args(env_id="Nested-v0", total_timesteps=512, num_envs=2, **SMALL))
+    assert checkpoint(run_dir)["agent"]["actor_mean.0.weight"].shape == (16, 5)
+
+
 TASKS = ["Ant-v4", "HalfCheetah-v4", "Hopper-v5", "Humanoid-v4", "HumanoidStandup-v5", "InvertedDoublePendulum-v5", "Pusher-v5"]
 TASKS += ["Reacher-v5", "Swimmer-v4", "Walker2d-v5", "MountainCarContinuous-v0", "Pendulum-v1"]
 
