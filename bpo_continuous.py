@@ -105,6 +105,7 @@ PAPER = {
 
 
 def check_loss_args(args):
+    """Exits with a line on hyperparameters the loss is not defined for."""
     if not 0 < args.epsilon < 1:
         sys.exit(f"{SCRIPT}: --epsilon {args.epsilon} must lie between 0 and 1: the band [1−ε, 1+ε] holds positive ratios")
     if not args.temperature > 0 or (args.median_temperature is not None and not args.median_temperature > 0):

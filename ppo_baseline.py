@@ -99,6 +99,7 @@ PAPER = {
 
 
 def check_loss_args(args):
+    """Exits with a line on hyperparameters the loss is not defined for."""
     if not 0 < args.clip_coef < 1:
         sys.exit(f"{SCRIPT}: --clip-coef {args.clip_coef} must lie between 0 and 1: the band [1−ε, 1+ε] holds positive ratios")
 

@@ -191,6 +191,20 @@ def test_one_update_step_is_that_of_adam_on_the_clipped_gradient(script):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("use_median", [True, False])
+def test_the_separate_median_head_learns_only_if_it_is_used(use_median):
+    args = bpo.Args(median_head="separate", use_median=use_median, num_minibatches=2, update_epochs=1)
+    torch.manual_seed(0)
+    agent = bpo.Agent(4, 2, args)
+    optimizer = torch.optim.Adam([bpo.flatten_parameters(agent)], lr=1e-3, fused=True)
+    batch = {"obs": torch.randn(32, 4), "actions": torch.randn(32, 2), "logprobs": -3 + torch.rand(32)}
+    batch |= {name: torch.randn(32) for name in ("values", "advantages", "returns")}
+    before = agent.median_head[0].weight.clone(), agent.value_head.weight[1].clone()
+    bpo.update(agent, optimizer, batch, args)
+    assert torch.equal(agent.median_head[0].weight, before[0]) != use_median
+    assert torch.equal(agent.value_head.weight[1], before[1])  # the shared output is idle
+
+
 @pytest.mark.parametrize("script", ["bpo_continuous.py", "ppo_baseline.py"])
 def test_a_killed_run_resumes_to_the_same_weights_and_episodes(script, tmp_path):
     flags = [*FLAGS, "--env-id", "Hopper-v4", "--num-envs", 2, "--total-timesteps", 512 * 20, "--checkpoint-every", 2]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 from bpo_continuous import bpo_loss, gae, median_loss, target_ratio
-from ppo_baseline import ppo_loss
+from ppo_baseline import clipped_value_loss, ppo_loss
 
 EPSILONS = st.floats(0.01, 0.99)
 TEMPERATURES = st.floats(1e-3, 1e2)
@@ -99,6 +99,16 @@ def test_ppo_is_the_one_sided_bpo_loss_with_the_mean_as_threshold(seed, epsilon)
     target = 1 + epsilon * advantages.sign()
     hinge = advantages.abs() * (advantages.sign() * (target - ratio)).clamp(min=0) - advantages * target
     torch.testing.assert_close(ppo_loss(ratio, advantages, epsilon), hinge.mean(), rtol=1e-12, atol=1e-12)
+
+
+@given(SEEDS, EPSILONS)
+def test_clipped_value_loss_is_its_formula_and_without_a_clip_half_the_square(seed, epsilon):
+    values, old_values, returns = normal(seed, 3, 60).numpy()
+    clipped = old_values + np.clip(values - old_values, -epsilon, epsilon)
+    expected = 0.5 * np.mean(np.maximum((values - returns) ** 2, (clipped - returns) ** 2))
+    tensors = [torch.from_numpy(array) for array in (values, old_values, returns)]
+    assert clipped_value_loss(*tensors, epsilon).item() == pytest.approx(expected, rel=1e-12)
+    assert clipped_value_loss(*tensors, np.inf).item() == pytest.approx(0.5 * np.mean((values - returns) ** 2), rel=1e-12)
 
 
 def brute_force_returns(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
