@@ -1,11 +1,16 @@
-"""Draws the learning curves of a matrix and prints its table, from the CSV files that run.py left.
+"""Rebuilds the figures and tables of docs/results.md and README.md from the CSV files that run.py left.
 
-    python benchmark/report.py benchmark/first_look.toml --output docs/first_look.png
+    python benchmark/report.py                                                   all of them
+    python benchmark/report.py benchmark/first_look.toml --output curves.png     one matrix: its table, and its curves
 
-Lines are means over seeds, bands and brackets 95 % bootstrap intervals of the mean (10,000 resamples of the seeds).
+A curve is a run's mean return per hundredth of its steps, in a running mean over five of them; a run's return is that mean at its
+end. Lines are means over seeds, bands and brackets 95 % bootstrap intervals of the mean. What is taken over all tasks is rliable's
+(Agarwal et al., arXiv 2108.13264), its intervals from resampling the seeds of each task, on normalised returns: 0 is what a task's
+first policies had, 1 what the reference arm has in the end.
 """
 
 import csv
+import re
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -14,72 +19,217 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import tyro
+from rliable import library, metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLORS = ["tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown"]
-SMOOTHING = 5  # hundredths of the run in the running mean of each curve, and in the final return
+BENCHMARK = Path(__file__).resolve().parent
+DOCS = BENCHMARK.parent / "docs"
+SMOOTHING = 5  # hundredths of the run in the running mean
+COLORS = dict(zip(("bpo", "ppo", "sb3", "bpo-paper", "ppo-paper"), plt.get_cmap("tab10").colors))
 
 
 @dataclass
 class Args:
-    matrix: tyro.conf.Positional[Path]  # TOML file of run.py
-    output: Path | None = None  # PNG file of the curves
+    matrix: tyro.conf.Positional[Path | None] = None  # TOML file of run.py; none: rebuild docs/results.md and README.md
+    output: Path | None = None  # PNG file of the matrix's curves
 
 
-def read_curve(path, total_timesteps):
-    """Mean return after each hundredth of a run, (100,); a hundredth without a finished episode keeps the one before."""
-    with open(path) as file:
-        rows = [(int(row["step"]), float(row["return"])) for row in csv.DictReader(line for line in file if line[0] != "#")]
-    steps, returns = np.array(rows).T
-    grid = np.arange(1, 101) * total_timesteps // 100
-    curve = returns[np.maximum(np.searchsorted(steps, grid, side="right") - 1, 0)]
+@dataclass
+class Results:
+    """Finished runs: arms[arm][task] is an array (seeds, 100) of each run's columns, by name."""
+
+    total_timesteps: int
+    tasks: list[str]
+    arms: dict[str, dict[str, dict[str, np.ndarray]]]
+
+    def curves(self, arm, task):
+        """Smoothed returns (seeds, 100); None where no run has finished."""
+        columns = self.arms[arm].get(task)
+        return None if columns is None else columns["return"]
+
+    def scores(self, arm, reference):
+        """Normalised final returns (seeds, tasks) of the seeds that finished on all tasks."""
+        seeds = min(len(self.curves(arm, task)) for task in self.tasks)
+        columns = []
+        for task in self.tasks:
+            first = np.mean([run[0] for other in self.arms for run in self.arms[other].get(task, {"return": []})["return"]])
+            last = self.curves(reference, task)[:, -1].mean()
+            columns.append((self.curves(arm, task)[:seeds, -1] - first) / (last - first))
+        return np.array(columns).T
+
+    def only(self, tasks, arms):
+        return Results(self.total_timesteps, tasks, {arm: self.arms[arm] for arm in arms})
+
+
+def smooth(curve):
     kernel = np.ones(SMOOTHING)
-    return np.convolve(curve, kernel)[:100] / np.convolve(np.ones(100), kernel)[:100]
+    return np.convolve(curve, kernel)[: len(curve)] / np.convolve(np.ones(len(curve)), kernel)[: len(curve)]
 
 
-def mean_and_interval(curves):
-    """Seeds × points → mean (points,), 95 % bootstrap interval (2, points)."""
-    resamples = np.random.default_rng(0).integers(0, len(curves), (10_000, len(curves)))
-    return curves.mean(0), np.percentile(curves[resamples].mean(1), (2.5, 97.5), axis=0)
+def read_run(path, total_timesteps):
+    """Each column of a CSV file, at each hundredth of the run, smoothed (100,); a hundredth without an episode keeps the last."""
+    with open(path) as file:
+        rows = list(csv.DictReader(line for line in file if line[0] != "#"))
+    steps = np.array([int(row["step"]) for row in rows])
+    grid = np.arange(1, 101) * total_timesteps // 100
+    index = np.maximum(np.searchsorted(steps, grid, side="right") - 1, 0)
+    columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    return {name: smooth(values[index]) for name, values in columns.items()}
+
+
+def read_results(*matrices):
+    """The results of one or more matrix files together."""
+    results = Results(0, [], {})
+    for path in matrices:
+        try:
+            matrix = tomllib.loads(path.read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            sys.exit(f"report.py: can't read {path}: {error}")
+        results.total_timesteps = matrix["total_timesteps"]
+        results.tasks += [task for task in matrix["tasks"] if task not in results.tasks]
+        for arm in matrix["arms"]:
+            results.arms[arm] = {}
+            for task in matrix["tasks"]:
+                names = [f"{arm}__{task.replace('/', '-')}__{seed}.csv" for seed in matrix["seeds"]]
+                files = [BENCHMARK / "results" / path.stem / name for name in names]
+                runs = [read_run(file, results.total_timesteps) for file in files if file.exists()]
+                if runs:
+                    results.arms[arm][task] = {name: np.array([run[name] for run in runs]) for name in runs[0]}
+    return results
+
+
+def mean_and_interval(runs):
+    """Runs (seeds, ...) → mean (...), 95 % bootstrap interval (2, ...)."""
+    resamples = np.random.default_rng(0).integers(0, len(runs), (10_000, len(runs)))
+    return runs.mean(0), np.percentile(runs[resamples].mean(1), (2.5, 97.5), axis=0)
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def draw_curves(results, path):
+    """Learning curves, a panel a task."""
+    columns = min(len(results.tasks), 4)
+    rows = -(-len(results.tasks) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), layout="constrained", squeeze=False)
+    steps = np.arange(1, 101) * results.total_timesteps / 100
+    for axis, task in zip(axes.flat, results.tasks):
+        for i, arm in enumerate(results.arms):
+            if (runs := results.curves(arm, task)) is not None:
+                mean, (low, high) = mean_and_interval(runs)
+                color = COLORS.get(arm, f"C{i}")
+                axis.plot(steps, mean, color=color, label=arm)
+                axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+        axis.set(title=task, xlabel="environment steps", ylabel="episodic return")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend()
+    for axis in axes.flat[len(results.tasks) :]:
+        axis.remove()
+    save(figure, path)
+
+
+def save(figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def aggregates(results, reference="ppo"):
+    """{arm: (estimate, low, high)} of the interquartile mean and of the probability that `bpo` improves on the arm."""
+    scores = {arm: results.scores(arm, reference) for arm in results.arms}
+    random = np.random.RandomState
+    iqm = estimates(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), random(0))
+    pairs = {arm: (scores["bpo"], theirs) for arm, theirs in scores.items() if arm != "bpo"}
+    improvement = estimates(pairs, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), random(0))
+    return scores, iqm, improvement
+
+
+def estimates(scores, function, random_state):
+    points, intervals = library.get_interval_estimates(scores, function, reps=2000, random_state=random_state)
+    return {arm: (points[arm][0], *intervals[arm][:, 0]) for arm in scores}
+
+
+def draw_aggregates(results, path):
+    """Interquartile means, probabilities of improvement and performance profiles over all tasks."""
+    scores, iqm, improvement = aggregates(results)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.4), layout="constrained")
+    for axis, values, title in (
+        (left, iqm, "interquartile mean of normalised return"),
+        (middle, improvement, "probability that bpo improves on"),
+    ):
+        for i, (arm, (point, low, high)) in enumerate(values.items()):
+            axis.barh(i, high - low, left=low, height=0.6, color=COLORS[arm], alpha=0.6)
+            axis.vlines(point, i - 0.3, i + 0.3, color="black")
+        axis.set_yticks(range(len(values)), values)
+        axis.invert_yaxis()
+        axis.set(title=title)
+        axis.grid(alpha=0.3, axis="x")
+    middle.axvline(0.5, color="black", linestyle=":")
+    thresholds = np.linspace(0, 2, 81)
+    np.random.seed(0)  # noqa: NPY002: the generator that create_performance_profile resamples with
+    profiles, intervals = library.create_performance_profile(scores, thresholds, reps=1000)
+    for arm, profile in profiles.items():
+        right.plot(thresholds, profile, color=COLORS[arm], label=arm)
+        right.fill_between(thresholds, *intervals[arm], color=COLORS[arm], alpha=0.2, linewidth=0)
+    right.set(title="performance profile", xlabel="normalised return τ", ylabel="share of runs above τ")
+    right.grid(alpha=0.3)
+    right.legend()
+    save(figure, path)
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def number(value):
+    return f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def returns_table(results):
+    """Markdown: a row a task, mean final return, interval and number of seeds of each arm."""
+    lines = [f"| return at {results.total_timesteps:,} steps | " + " | ".join(results.arms) + " |"]
+    lines.append("|---|" + "---|" * len(results.arms))
+    for task in results.tasks:
+        cells = []
+        for arm in results.arms:
+            if (runs := results.curves(arm, task)) is None:
+                cells.append("–")
+                continue
+            mean, (low, high) = mean_and_interval(runs[:, -1])
+            cells.append(f"{number(mean)} [{number(low)}, {number(high)}], n={len(runs)}")
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def aggregates_table(results, reference="ppo"):
+    """Markdown: a row an arm, interquartile mean and probability that bpo improves on it."""
+    scores, iqm, improvement = aggregates(results, reference)
+    lines = ["| arm | interquartile mean of normalised return | probability that bpo improves on it | runs |"]
+    lines.append("|---|---|---|---|")
+    for arm in results.arms:
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*values[arm]) if arm in values else "–" for values in (iqm, improvement)]
+        lines.append(f"| {arm} | {cells[0]} | {cells[1]} | {scores[arm].size} |")
+    return "\n".join(lines)
+
+
+def replace_block(path, name, text):
+    """Puts `text` between the lines <!-- name --> and <!-- end --> of a Markdown file."""
+    page = path.read_text()
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+    if not re.search(pattern, page, re.DOTALL):
+        sys.exit(f"report.py: {path} has no block <!-- {name} --> … <!-- end -->")
+    path.write_text(re.sub(pattern, lambda match: f"{match[1]}{text}\n{match[2]}", page, flags=re.DOTALL))
 
 
 def main():
     args = tyro.cli(Args)
-    try:
-        matrix = tomllib.loads(args.matrix.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        sys.exit(f"report.py: can't read {args.matrix}: {error}")
-    results = Path(__file__).resolve().parent / "results" / args.matrix.stem
-    total_timesteps, tasks = matrix["total_timesteps"], matrix["tasks"]
-    steps = np.arange(1, 101) * total_timesteps / 100
-    columns = min(len(tasks), 4)
-    rows = -(-len(tasks) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), layout="constrained", squeeze=False)
-    print(f"| {args.matrix.stem}, return at {total_timesteps:,} steps | " + " | ".join(matrix["arms"]) + " |")
-    print("|---|" + "---|" * len(matrix["arms"]))
-    for axis, task in zip(axes.flat, tasks):
-        cells = []
-        for color, arm in zip(COLORS, matrix["arms"]):
-            files = sorted(results.glob(f"{arm}__{task.replace('/', '-')}__*.csv"))
-            if not files:
-                cells.append("–")
-                continue
-            mean, (low, high) = mean_and_interval(np.array([read_curve(path, total_timesteps) for path in files]))
-            axis.plot(steps, mean, color=color, label=arm)
-            axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-            cells.append(f"{mean[-1]:.0f} [{low[-1]:.0f}, {high[-1]:.0f}], {len(files)} seeds")
-        axis.set(title=task, xlabel="environment steps", ylabel="episodic return")
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
-        axis.grid(alpha=0.3)
-        print(f"| {task} | " + " | ".join(cells) + " |")
-    axes.flat[0].legend()
-    for axis in axes.flat[len(tasks) :]:
-        axis.remove()
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.output, dpi=120)
+    if args.matrix:
+        results = read_results(args.matrix)
+        print(returns_table(results))
+        if args.output:
+            draw_curves(results, args.output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ shares a matrix out by `--shard 1/4` … `--shard 4/4`. The matrix is a TOML fil
     bpo-mean = "bpo_continuous.py --no-use-median"
 
 Each CSV file, benchmark/results/<matrix>/<arm>__<task>__<seed>.csv, has a comment line with command, versions and processor,
-and then the mean return of the episodes that ended in each hundredth of the run.
+and then, for each hundredth of the run in which an episode ended, the mean return of those episodes and the means of approx_kl
+and clipfrac, where the script logs them to TensorBoard.
 """
 
 import csv
@@ -30,9 +31,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKETS = 100
+METRICS = ("approx_kl", "clipfrac")  # of each update, over its whole rollout
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Args:
     jobs: int = os.cpu_count() or 1  # runs at a time
     time_limit: str = ""  # such as 150m or 8h: when it is over, runs save themselves and wait for the next start
     shard: str = "1/1"  # k/n: the k-th of n equal parts of the matrix
+    arms: tuple[str, ...] = ()  # only these arms of the matrix
 
 
 @dataclass
@@ -52,9 +56,10 @@ class Run:
 
     def command(self):
         """The command that starts this run, or goes on with it."""
-        script = [sys.executable, str(ROOT / self.flags[0])]
+        words = [sys.executable, str(ROOT / self.flags[0]), *self.flags[1:]]
         started = [path.parent for path in self.folder.glob("runs/*/checkpoint.pt")]
-        return [*script, "--resume", str(started[0])] if started else [*script, *self.flags[1:]]
+        first_flag = next(i for i, word in enumerate(words) if word.startswith("--"))
+        return [*words[:first_flag], "--resume", str(started[0])] if started else words
 
 
 def seconds(text):
@@ -67,12 +72,15 @@ def seconds(text):
     return int(text[:-1]) * units[text[-1]]
 
 
-def load_matrix(path, shard):
+def load_matrix(path, shard, arms=()):
     """The runs of a matrix file that fall into a shard, seeds slowest, so that an early stop leaves whole seeds."""
     try:
         matrix = tomllib.loads(path.read_text())
         k, n = map(int, shard.split("/"))
-        combinations = [(seed, task, arm) for seed in matrix["seeds"] for task in matrix["tasks"] for arm in matrix["arms"]]
+        if unknown := set(arms) - set(matrix["arms"]):
+            sys.exit(f"run.py: {path} has no arm {', '.join(unknown)}, but {', '.join(matrix['arms'])}")
+        arms = arms or tuple(matrix["arms"])
+        combinations = [(seed, task, arm) for seed in matrix["seeds"] for task in matrix["tasks"] for arm in arms]
     except (OSError, tomllib.TOMLDecodeError, KeyError, ValueError) as error:
         sys.exit(f"run.py: can't use {path} with --shard {shard}: {type(error).__name__} {error}")
     runs = []
@@ -95,18 +103,26 @@ def processor():
 def write_result(run, total_timesteps):
     """Reduces a finished run's episodes.csv to its CSV file, written in one step."""
     (episodes,) = run.folder.glob("runs/*/episodes.csv")
-    buckets = [[] for _ in range(BUCKETS)]
     with open(episodes) as file:
-        for row in csv.DictReader(file):
-            buckets[min(int(row["step"]) * BUCKETS // total_timesteps, BUCKETS - 1)].append(float(row["return"]))
+        columns = {"return": [(int(row["step"]), float(row["return"])) for row in csv.DictReader(file)]}
+    events = EventAccumulator(str(episodes.parent), size_guidance={"scalars": 0}).Reload()
+    for name in METRICS:
+        tag = f"losses/{name}"
+        columns[name] = [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+    buckets = {name: [[] for _ in range(BUCKETS)] for name in columns}
+    for name, values in columns.items():
+        for step, value in values:
+            buckets[name][min(step * BUCKETS // total_timesteps, BUCKETS - 1)].append(value)
     packages = " ".join(f"{name}=={version(name)}" for name in ("torch", "gymnasium", "mujoco", "numpy"))
     lines = [
         f"# python {shlex.join(run.flags)} | python=={platform.python_version()} {packages} | {processor()}",
-        "step,return,episodes",
+        "step,return,episodes," + ",".join(METRICS),
     ]
-    for i, returns in enumerate(buckets):
+    for i, returns in enumerate(buckets["return"]):
         if returns:
-            lines.append(f"{(i + 1) * total_timesteps // BUCKETS},{sum(returns) / len(returns):.2f},{len(returns)}")
+            means = (f"{sum(values) / len(values):.5f}" if (values := buckets[name][i]) else "" for name in METRICS)
+            row = (str((i + 1) * total_timesteps // BUCKETS), f"{sum(returns) / len(returns):.2f}", str(len(returns)), *means)
+            lines.append(",".join(row))
     run.result.parent.mkdir(parents=True, exist_ok=True)
     temporary = run.result.with_suffix(".tmp")
     temporary.write_text("\n".join(lines) + "\n")
@@ -124,7 +140,7 @@ def start(run, core):
 def main():
     args = tyro.cli(Args)
     deadline = time.monotonic() + seconds(args.time_limit)
-    runs, total_timesteps = load_matrix(args.matrix, args.shard)
+    runs, total_timesteps = load_matrix(args.matrix, args.shard, args.arms)
     waiting = [run for run in runs if not run.result.exists()]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
     cores = sorted(os.sched_getaffinity(0))
@@ -152,7 +168,7 @@ def main():
             if process.returncode == 0:
                 write_result(run, total_timesteps)
                 print(f"{time.strftime('%H:%M')} finished {run.name}", flush=True)
-            elif process.returncode != 128 + signal.SIGTERM:
+            elif process.returncode not in (128 + signal.SIGTERM, -signal.SIGTERM):
                 failed.append(run.name)
                 print(f"{time.strftime('%H:%M')} FAILED {run.name}: see {run.folder / 'log.txt'}", flush=True)
         time.sleep(0.2)

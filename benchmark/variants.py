@@ -1,0 +1,123 @@
+"""Ideas that were tried on BPO and not adopted, and the ablations of its loss, each as the lines it changes.
+
+    python benchmark/variants.py one_sided,anneal_epsilon --env-id Hopper-v4 --seed 1
+
+The first argument names variants, separated by commas; all others are bpo_continuous.py's.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
+import bpo_continuous as bpo
+
+VARIANTS = {}
+
+
+def variant(function):
+    VARIANTS[function.__name__] = function
+    return function
+
+
+@variant
+def one_sided():
+    """PPO's hinge: a ratio that overshot its target is let go, not pulled back."""
+
+    def bpo_loss(ratio, advantages, median_advantages, epsilon, temperature):
+        target = bpo.target_ratio(median_advantages, epsilon, temperature)
+        return (advantages.abs() * ((target - ratio) * median_advantages.sign()).clamp(min=0)).mean()
+
+    bpo.bpo_loss = bpo_loss
+
+
+@variant
+def dead_zone():
+    """No gradient within a tenth of ε around the target, against jitter."""
+
+    def bpo_loss(ratio, advantages, median_advantages, epsilon, temperature):
+        errors = (ratio - bpo.target_ratio(median_advantages, epsilon, temperature)).abs()
+        return (advantages.abs() * (errors - 0.1 * epsilon).clamp(min=0)).mean()
+
+    bpo.bpo_loss = bpo_loss
+
+
+@variant
+def relative_temperature():
+    """λ is a share of the minibatch's standard deviation of Ã, so --temperature 0.25 means the same on all tasks."""
+    target_ratio = bpo.target_ratio
+    bpo.target_ratio = lambda a, epsilon, temperature: target_ratio(a, epsilon, temperature * a.std())
+
+
+@variant
+def anneal_epsilon():
+    """ε falls linearly to 0, as the learning rate does."""
+    update = bpo.update
+
+    def annealed_update(agent, optimizer, batch, args):
+        remaining = optimizer.param_groups[0]["lr"] / args.learning_rate
+        return update(agent, optimizer, batch, replace(args, epsilon=args.epsilon * remaining))
+
+    bpo.update = annealed_update
+
+
+@variant
+def rollout_advantages():
+    """A and Ã are those of the rollout and stand still during an update, as in PPO."""
+    update, minibatch_losses = bpo.update, bpo.minibatch_losses
+
+    def fixed_update(agent, optimizer, batch, args):
+        with torch.no_grad():
+            _, median_values = agent.get_values(batch["obs"])
+        thresholds = median_values if args.use_median else batch["values"]
+        return update(agent, optimizer, batch | {"median_advantages": batch["returns"] - thresholds}, args)
+
+    def fixed_losses(agent, batch, args):
+        ratio = torch.exp(agent.log_prob(batch["obs"], batch["actions"]) - batch["logprobs"])
+        advantages, median_advantages = batch["advantages"], batch["median_advantages"]
+        if args.norm_adv:
+            advantages = advantages / (advantages.std() + 1e-8)
+        policy_loss = bpo.bpo_loss(ratio, advantages, median_advantages, args.epsilon, args.temperature)
+        return policy_loss, *minibatch_losses(agent, batch, args)[1:]
+
+    bpo.update, bpo.minibatch_losses = fixed_update, fixed_losses
+
+
+@variant
+def reevaluate():
+    """Values, GAE and returns are computed anew, with the critic as it is, before each epoch but the first."""
+    update, gae, get_value = bpo.update, bpo.gae, bpo.Agent.get_value
+    observations, rollout = [], {}
+
+    def recording_get_value(agent, obs):
+        observations[:] = [*observations[-1:], obs]  # of the rollout: those seen, those that followed
+        return get_value(agent, obs)
+
+    def recording_gae(rewards, values, next_values, *ends_and_discounts):
+        rollout.update(rewards=rewards, rest=ends_and_discounts)
+        return gae(rewards, values, next_values, *ends_and_discounts)
+
+    def epochwise_update(agent, optimizer, batch, args):
+        obs, next_obs = observations
+        for epoch in range(args.update_epochs):
+            if epoch:
+                with torch.no_grad():
+                    values, next_values = get_value(agent, obs), get_value(agent, next_obs)
+                advantages = gae(rollout["rewards"], values, next_values, *rollout["rest"]).flatten()
+                values = values.flatten()
+                batch = batch | {"values": values, "advantages": advantages, "returns": values + advantages}
+            metrics = update(agent, optimizer, batch, replace(args, update_epochs=1))
+        return metrics
+
+    bpo.update, bpo.gae, bpo.Agent.get_value = epochwise_update, recording_gae, recording_get_value
+
+
+if __name__ == "__main__":
+    names = sys.argv.pop(1).split(",") if len(sys.argv) > 1 else []
+    if not names or any(name not in VARIANTS for name in names):
+        sys.exit(f"variants.py: the first argument names variants, separated by commas: {', '.join(VARIANTS)}")
+    for name in names:
+        VARIANTS[name]()
+    bpo.main()
