@@ -3,10 +3,10 @@
     python benchmark/report.py                                                   all of them
     python benchmark/report.py benchmark/first_look.toml --output curves.png     one matrix: its table, and its curves
 
-A curve is a run's mean return per hundredth of its steps, in a running mean over five of them; a run's return is that mean at its
-end. Lines are means over seeds, bands and brackets 95 % bootstrap intervals of the mean. What is taken over all tasks is rliable's
-(Agarwal et al., arXiv 2108.13264), its intervals from resampling the seeds of each task, on normalised returns: 0 is what a task's
-first policies had, 1 what the reference arm has in the end.
+A curve is a run's mean return per hundredth of its steps, in a running mean over five of them; its value at the end is the run's
+return. Lines are means over seeds, bands and brackets 95 % bootstrap intervals of the mean. What is taken over all tasks is
+rliable's (Agarwal et al., arXiv 2108.13264), its intervals from resampling the seeds of each task, on normalised returns: 0 is
+what a task's first policies had, 1 what the reference arm has in the end.
 """
 
 import csv
@@ -69,7 +69,7 @@ def smooth(curve):
 
 
 def read_run(path, total_timesteps):
-    """Each column of a CSV file, at each hundredth of the run, smoothed (100,); a hundredth without an episode keeps the last."""
+    """Columns of a CSV file at each hundredth of the run, smoothed (100,); one without an episode keeps the last."""
     with open(path) as file:
         rows = list(csv.DictReader(line for line in file if line[0] != "#"))
     steps = np.array([int(row["step"]) for row in rows])
@@ -169,7 +169,7 @@ def draw_aggregates(results, path):
         axis.grid(alpha=0.3, axis="x")
     middle.axvline(0.5, color="black", linestyle=":")
     thresholds = np.linspace(0, 2, 81)
-    np.random.seed(0)  # noqa: NPY002: the generator that create_performance_profile resamples with
+    np.random.seed(0)  # the generator that create_performance_profile resamples with
     profiles, intervals = library.create_performance_profile(scores, thresholds, reps=1000)
     for arm, profile in profiles.items():
         right.plot(thresholds, profile, color=COLORS[arm], label=arm)

@@ -26,7 +26,7 @@ class Episodes(BaseCallback):
 
     def __init__(self, path):
         super().__init__()
-        self.file = open(path, "w", newline="")  # noqa: SIM115: open as long as the training
+        self.file = open(path, "w", newline="")  # noqa: SIM115
         self.writer = csv.writer(self.file)
         self.writer.writerow(("step", "return", "length"))
 
