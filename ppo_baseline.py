@@ -170,7 +170,7 @@ class SyncEnvs(gym.vector.SyncVectorEnv):
 def make_env(env_id, video_folder=None, name_prefix="train"):
     """One environment with flat observations, filmed if there is a `video_folder`. Exits with a line on a wrong task."""
     if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
-        sys.exit(f"{SCRIPT}: {env_id} is an Atari game: use bpo_atari.py")
+        sys.exit(f"{SCRIPT}: {env_id} is an Atari game: use bpo_atari.py, for PPO with --loss ppo")
     if video_folder and not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
         os.environ["MUJOCO_GL"] = "egl"  # renders without a screen
     try:
@@ -365,12 +365,12 @@ def ratio_metrics(agent, batch, args):
 def update(agent, optimizer, batch, args):
     """Fits policy and critics to one rollout; returns the metrics, scalars.
 
-    `batch` holds obs (B, D), actions (B, A), logprobs, values, advantages and returns (B,). FloatingPointError names the first
+    `batch` holds obs (B, …), actions (B, …), logprobs, values, advantages and returns (B,). FloatingPointError names the first
     term that is not finite.
     """
     gradient = optimizer.param_groups[0]["params"][0].grad  # of all weights, see flatten_parameters
     names, coefs = zip(*loss_coefficients(args).items())
-    coefs, history = torch.tensor(coefs), []
+    coefs, history = torch.tensor(coefs, device=gradient.device), []
     for _ in range(args.update_epochs):
         shuffle = torch.randperm(len(batch["obs"]))
         shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
@@ -434,7 +434,7 @@ def load_checkpoint(run_dir):
     if not path.is_file():
         sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.pt")
     try:
-        checkpoint = torch.load(path, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         script = checkpoint["script"]
         args = Args(**checkpoint["args"]) if script == SCRIPT else None
     except Exception as error:  # damage shows in many ways
@@ -461,7 +461,8 @@ def plot_learning_curve(run_dir, title):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    steps, returns = np.loadtxt(run_dir / "episodes.csv", delimiter=",", skiprows=1, usecols=(0, 1), ndmin=2).reshape(-1, 2).T
+    rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
+    steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
     sums, last = np.insert(returns.cumsum(), 0, 0.0), np.arange(1, len(returns) + 1)
     first = np.maximum(last - 20, 0)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")

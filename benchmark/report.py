@@ -3,10 +3,10 @@
     python benchmark/report.py                                                   all of them
     python benchmark/report.py benchmark/first_look.toml --output curves.png     one matrix: its table, and its curves
 
-A curve is a run's mean return per hundredth of its steps, in a running mean over five of them; its value at the end is the run's
-return. Lines are means over seeds, bands and brackets 95 % bootstrap intervals of the mean. What is taken over all tasks is
-rliable's (Agarwal et al., arXiv 2108.13264), its intervals from resampling the seeds of each task, on normalised returns: 0 is
-what a task's first policies had, 1 what the reference arm has in the end.
+A curve is a run's mean return per hundredth of its steps, in a running mean over five; its last value is the run's return.
+Lines are means over seeds, bands and brackets 95 % bootstrap intervals of the mean. What is taken over all tasks is rliable's
+(Agarwal et al., arXiv 2108.13264), its intervals from resampling the seeds of each task, on normalised returns: 0 is what a
+task's first policies had, 1 what the reference arm has in the end.
 """
 
 import csv

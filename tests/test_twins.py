@@ -7,6 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # What may differ between bpo_continuous.py and ppo_baseline.py: hyperparameters, loss and median critic.
 OWN = {"Args", "PAPER_ALL", "PAPER", "check_loss_args", "Agent", "loss_coefficients", "minibatch_losses", "ratio_metrics"}
+SHARED_WITH_ATARI = {"gae", "target_ratio", "bpo_loss", "median_loss", "update", "flatten_parameters", "layer_init", "convert"}
+SHARED_WITH_ATARI |= {"SCRIPT", "new_run_dir", "save_checkpoint", "load_checkpoint", "append_episodes", "plot_learning_curve"}
 LOSSES = {"target_ratio", "bpo_loss", "median_loss", "ppo_loss", "clipped_value_loss"}
 
 
@@ -27,6 +29,12 @@ def test_ppo_and_bpo_differ_in_loss_and_median_critic_only():
     assert set(ours) ^ set(theirs) == LOSSES
     different = {name for name in set(ours) & set(theirs) if ours[name] != theirs[name]}
     assert different == OWN
+
+
+def test_bpo_atari_shares_loss_update_and_run_folder():
+    atari, continuous, ppo = (definitions(script) for script in ("bpo_atari.py", "bpo_continuous.py", "ppo_baseline.py"))
+    assert {name for name in set(atari) & set(continuous) if atari[name] == continuous[name]} == SHARED_WITH_ATARI
+    assert atari["ppo_loss"] == ppo["ppo_loss"]
 
 
 def test_the_diff_stays_short():

@@ -1,0 +1,679 @@
+"""Bounded Policy Optimization (BPO) for the Arcade Learning Environment, on ale-py's own C++ vector environment.
+
+PPO asks how far a policy may move and clips it there. BPO asks where it should go: of all policies whose ratio
+ρ = π(a|s)/π₀(a|s) to the old policy stays in the band [1−ε, 1+ε], the best is known in closed form. Regress onto it.
+
+    ρ* = 1 + ε·tanh(Ã/(2λ)),   Ã = Q(s,a) − μ(s)                      the best bounded ratio
+    μ  = argmin_u E_{a∼π₀}[ λ·softplus((Q−u)/λ) − ½(Q−u) ]            the soft median of Q, which makes E_{π₀}[ρ*] = 1
+    L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = Q(s,a) − V(s)            the policy loss
+
+With Q known, the whole of π*(·|s) = ρ*(s,·)·π₀(·|s) could be computed here, action by action. What is known is one sample of Q,
+the GAE(λ) return of the one action taken; ρ* is computed for that action, and E over actions and μ are left to the many states.
+Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
+
+    python bpo_atari.py --env-id ALE/Pong-v5                    trains; all goes to runs/<env>__<script>__<seed>__<time>/
+    python bpo_atari.py --env-id ALE/Pong-v5 --loss ppo         the same loop with PPO's clip and the authors' PPO settings
+    python bpo_atari.py --resume runs/<run>                     goes on with an interrupted run, to the very same weights
+    python bpo_atari.py --evaluate runs/<run> --capture-video   plays and films what was learned
+"""
+
+import contextlib
+import difflib
+import io
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from ale_py.vector_env import AtariVectorEnv
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+gym.register_envs(ale_py)
+gym.logger.min_level = gym.logger.ERROR
+
+
+@dataclass
+class Args:
+    env_id: str = "ALE/Pong-v5"  # ALE/…-v5 (sticky actions) or …NoFrameskip-v4 (none, as in the paper)
+    loss: Literal["bpo", "ppo"] = "bpo"  # the loss; each brings the authors' hyperparameters
+    seed: int = 1  # seed of network, policy noise and games
+    total_timesteps: int = 10_000_000  # actions in all; each lasts 4 frames
+    num_envs: int = 8  # parallel games
+    num_threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # CPU threads
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of the network
+    amp: bool = False  # bfloat16 in the network: much faster on GPUs and on CPUs with AMX, a little less exact
+
+    num_steps: int = 128  # actions in each game per rollout
+    num_minibatches: int = 4  # minibatches per epoch
+    update_epochs: int = 5  # passes over each rollout
+    learning_rate: float = 2.5e-4  # step size of Adam
+    anneal_lr: bool = False  # lower the learning rate linearly to 0
+    gamma: float = 0.98  # discount γ
+    gae_lambda: float = 0.95  # λ of GAE, the generalised advantage estimator
+    epsilon: float = 0.3  # half-width ε of the band the ratio is to stay in; PPO's clip
+    temperature: float = 1e-3  # λ, in (clipped) returns: advantages well above it ask for the band's edge
+    use_median: bool = True  # threshold at the soft median μ(s); --no-use-median: at the mean V(s), the paper's ablation
+    median_temperature: float = 1.0  # of the median loss; in theory it is λ, the authors have 1
+    norm_adv: bool = False  # divide by the minibatch's standard deviation: BPO's weight |A|, PPO's centred A
+    vf_coef: float = 1.0  # coefficient of the value loss ½(R̂−V)²
+    median_coef: float = 0.5  # coefficient of the median loss
+    ent_coef: float = 1e-3  # coefficient of the entropy bonus
+    max_grad_norm: float = 1.0  # longest gradient, all parameters taken as one vector
+
+    checkpoint_every: int = 20  # iterations between checkpoints
+    eval_episodes: int = 10  # whole games played at the end
+    capture_video: bool = False  # film a game of the evaluation as mp4 into the run folder
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "brrl"  # its project
+    wandb_entity: str | None = None  # its team
+    resume: str | None = None  # run folder to go on with; the configuration is its own
+    evaluate: str | None = None  # run folder whose policy is played; nothing is trained
+
+
+PPO = dict(update_epochs=4, epsilon=0.1, norm_adv=True, ent_coef=0.01, max_grad_norm=0.5)  # the authors' PPO row
+
+
+def check_loss_args(args):
+    """Exits with a line on hyperparameters the loss is not defined for."""
+    if not 0 < args.epsilon < 1:
+        sys.exit(f"{SCRIPT}: --epsilon {args.epsilon} must lie between 0 and 1: the band [1−ε, 1+ε] holds positive ratios")
+    if not args.temperature > 0 or not args.median_temperature > 0:
+        sys.exit(f"{SCRIPT}: --temperature and --median-temperature must be positive; for hard targets take a small one, 1e-6")
+
+
+# Environment ----------------------------------------------------------------------------------------------------------
+
+
+def check_env_id(env_id):
+    """Keyword arguments of the game behind a gymnasium id; exits with a line on what is no Atari game of this script."""
+    games = [name for name, spec in gym.registry.items() if spec.entry_point == "ale_py.env:AtariEnv"]
+    games = [name for name in games if name.endswith("-v5") or name.endswith("NoFrameskip-v4")]
+    if env_id in games:
+        game = dict(gym.spec(env_id).kwargs)
+        try:
+            rom = ale_py.roms.get_rom_path(game["game"])
+        except Exception as error:
+            sys.exit(
+                f"{SCRIPT}: the ROM of {env_id} can't be read ({error}); pip install --force-reinstall ale-py brings it back"
+            )
+        if rom is None:
+            sys.exit(f"{SCRIPT}: the ROM of {env_id} is missing; pip install --force-reinstall ale-py brings it back")
+        return game
+    if "ram" in env_id.lower().split("-"):
+        sys.exit(f"{SCRIPT}: {env_id} observes the console's memory, this script takes images: leave the -ram away")
+    matches = ", ".join(difflib.get_close_matches(env_id, games, cutoff=0.5)) or "ALE/Pong-v5, PongNoFrameskip-v4, …"
+    if env_id in gym.registry and gym.spec(env_id).entry_point != "ale_py.env:AtariEnv":
+        sys.exit(f"{SCRIPT}: {env_id} is no Atari game: bpo_continuous.py is for tasks with Box actions")
+    sys.exit(f"{SCRIPT}: no game {env_id!r}. Close: {matches}")
+
+
+class AtariEnvs(AtariVectorEnv):
+    """Games as in Mnih et al. (2015): 4 frames an action, maximum of the last two, 84×84 grey, 4 stacked, up to 30 no-ops.
+
+    A lost life terminates, though the game goes on. A finished game is replaced in the same step, so no transition crosses a
+    reset. Rewards are those of the game, not clipped. ALE can't save a vector of games, but a game is a function of its seed
+    and its actions: both are kept, and `replay` plays them again. So that there is never much to play again, a game that ends
+    more than `reseed_after` actions after its seed is followed by one with a new seed.
+    """
+
+    reseed_after = 10_000
+
+    def __init__(self, env_id, num_envs, life_loss=True, num_threads=0):
+        game = check_env_id(env_id)
+        super().__init__(game["game"], num_envs, repeat_action_probability=game["repeat_action_probability"],
+                         max_num_frames_per_episode=game["max_num_frames_per_episode"], reward_clipping=False,
+                         life_loss_info=life_loss, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+                         num_threads=num_threads)  # fmt: skip
+
+    def seeded_reset(self, seeds):
+        """Starts all games from these seeds (N,); returns their first observations."""
+        self.seeds, self.actions = seeds, [bytearray() for _ in seeds]
+        obs, infos = self.reset(seed=seeds)
+        self.frames = infos["episode_frame_number"]
+        return obs
+
+    def step(self, actions):
+        """As gymnasium's; infos["game_over"] (N,) tells the end of a game, by time limit too, from that of a life."""
+        for played, action in zip(self.actions, actions.tolist()):
+            played.append(action)
+        obs, rewards, terminations, truncations, infos = super().step(actions)
+        infos["game_over"] = infos["episode_frame_number"] <= self.frames
+        self.frames = infos["episode_frame_number"]
+        old = infos["game_over"] & (np.array([len(played) for played in self.actions]) > self.reseed_after)
+        if old.any():
+            self.seeds[old] += self.num_envs
+            for i in np.flatnonzero(old):
+                self.actions[i].clear()
+            obs, reset_infos = self.reset(seed=self.seeds[old], options={"reset_mask": old})
+            self.frames = reset_infos["episode_frame_number"]
+        return obs, rewards, terminations, truncations, infos
+
+    def replay(self, seeds, actions):
+        """Plays each game again from its seed, all ending together; returns the observations they end with."""
+        longest = max(map(len, actions))
+        self.seeded_reset(seeds + self.num_envs)  # those with less to play pass the time with a game of no meaning
+        for step in range(longest + 1):
+            started = np.array([len(played) >= longest - step for played in actions])
+            if (starting := np.array([len(played) == longest - step for played in actions])).any():
+                obs, infos = self.reset(seed=seeds[starting], options={"reset_mask": starting})
+            if step < longest:
+                now = [int(played[step - longest]) if on else 0 for played, on in zip(actions, started)]
+                obs, _, _, _, infos = super().step(np.array(now))
+        self.seeds, self.actions = seeds, [bytearray(played) for played in actions]
+        self.frames = infos["episode_frame_number"]
+        return obs
+
+
+def film_game(agent, args, run_dir):
+    """Plays one game in gymnasium's own Atari wrappers, which can be filmed; writes runs/<run>/videos/*.mp4."""
+    game = check_env_id(args.env_id)
+    env = gym.make(
+        args.env_id, frameskip=1, repeat_action_probability=game["repeat_action_probability"], render_mode="rgb_array"
+    )
+    env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"), name_prefix="eval", fps=60)
+    env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4, padding_type="zero")
+    generator = torch.Generator().manual_seed(args.seed)
+    obs, _ = env.reset(seed=args.seed)
+    done = False
+    while not done:
+        noise = gumbel(1, env.action_space.n, generator=generator).to(args.device)
+        action, _, _ = agent.act(torch.from_numpy(obs)[None].to(args.device), noise)
+        obs, _, terminated, truncated, _ = env.step(action.item())
+        done = terminated or truncated
+    env.close()
+
+
+# Networks -------------------------------------------------------------------------------------------------------------
+
+
+def layer_init(layer, gain=2**0.5):
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def head(outputs, gain):
+    return nn.Sequential(layer_init(nn.Linear(512, 256)), nn.ReLU(), layer_init(nn.Linear(256, outputs), gain))
+
+
+def gumbel(*shape, generator=None):
+    """Noise whose sum with log-probabilities is largest at a sample of them."""
+    return -torch.empty(shape).exponential_(generator=generator).log()
+
+
+class Agent(nn.Module):
+    """Categorical actor, mean critic V and median critic μ on the features of one Nature CNN (Mnih et al., 2015)."""
+
+    def __init__(self, num_actions, args):
+        super().__init__()
+        convolutions = [nn.Conv2d(4, 32, 8, stride=4), nn.Conv2d(32, 64, 4, stride=2), nn.Conv2d(64, 64, 3, stride=1)]
+        self.convolutions = nn.Sequential(*(layer for conv in convolutions for layer in (layer_init(conv), nn.ReLU())))
+        self.features = nn.Sequential(layer_init(nn.Linear(64 * 7 * 7, 512)), nn.ReLU())
+        self.actor, self.critic, self.median_critic = head(num_actions, 0.01), head(1, 1.0), head(1, 1.0)
+        self.amp = args.amp
+
+    def forward(self, obs):
+        """Screens (B, 4, 84, 84), bytes → logits (B, A), V(s) (B,), μ(s) (B,)"""
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.amp):
+            x = obs.to(dtype=torch.float32, memory_format=torch.channels_last) / 255
+            features = self.features(self.convolutions(x).permute(0, 2, 3, 1).flatten(1))  # laid out as channels_last is
+            outputs = self.actor(features), self.critic(features)[:, 0], self.median_critic(features)[:, 0]
+        return tuple(output.float() for output in outputs)
+
+    @torch.no_grad()
+    def act(self, obs, noise):
+        """Screens (B, 4, 84, 84), Gumbel noise (B, A) → sampled actions (B,), log π(a|s) (B,), V(s) (B,)"""
+        logits, values, _ = self(obs)
+        logprobs = logits.log_softmax(-1)
+        actions = (logprobs + noise).argmax(-1)
+        return actions, logprobs.gather(-1, actions[:, None])[:, 0], values
+
+    def evaluate_actions(self, obs, actions):
+        """log π(a|s) (B,), mean entropy (), V(s) (B,) and μ(s) (B,) of screens (B, 4, 84, 84) and actions (B,)"""
+        logits, values, median_values = self(obs)
+        logprobs = logits.log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+        return logprobs.gather(-1, actions[:, None])[:, 0], entropy, values, median_values
+
+
+def flatten_parameters(module):
+    """Moves all weights into one vector, all gradients into another: to clip and to step is then one operation each."""
+    vector = nn.Parameter(nn.utils.parameters_to_vector(module.parameters()).detach())
+    vector.grad = torch.zeros_like(vector)
+    sizes = [parameter.numel() for parameter in module.parameters()]
+    for parameter, data, grad in zip(module.parameters(), vector.data.split(sizes), vector.grad.split(sizes)):
+        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
+    return vector
+
+
+# Loss -----------------------------------------------------------------------------------------------------------------
+
+
+def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+    """Generalised advantage estimates (Schulman et al., 2016), all arguments and the result (T, N).
+
+    `next_values` are V of the observations the actions led to, before any reset. A termination ends the bootstrap; every
+    end of an episode, by time limit too, ends the trace.
+
+        δ_t = r_t + γ·(1 − terminated_t)·V(s_{t+1}) − V(s_t),   A_t = δ_t + γλ·(1 − done_t)·A_{t+1}
+    """
+    deltas = rewards + gamma * (1 - terminations) * next_values - values
+    decays = gamma * gae_lambda * (1 - dones)
+    advantages, advantage = torch.empty_like(deltas), torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantage = deltas[t] + decays[t] * advantage
+        advantages[t] = advantage
+    return advantages
+
+
+def target_ratio(median_advantages, epsilon, temperature):
+    """ρ* = 1 + ε·tanh(Ã/(2λ)), the optimal ratio in the band [1−ε, 1+ε]; any shape (Ao et al., 2026)."""
+    return 1 + epsilon * torch.tanh(median_advantages / (2 * temperature))
+
+
+def bpo_loss(ratio, advantages, median_advantages, epsilon, temperature):
+    """Policy loss E[|A|·|ρ − ρ*|] (Ao et al., 2026): a scalar.
+
+    `ratio` ρ = π_θ/π₀ (B,) carries the gradient; `advantages` A = R̂ − V(s) (B,), whose scale is free, and
+    `median_advantages` Ã = R̂ − μ(s) (B,), in the units of `temperature`, must be detached.
+    """
+    errors = (ratio - target_ratio(median_advantages, epsilon, temperature)).abs()  # |ρ − ρ*|
+    return (advantages.abs() * errors).mean()  # E[|A|·|ρ − ρ*|]
+
+
+def median_loss(returns, median_values, temperature):
+    """Convex loss whose minimiser is the soft median of the returns (Ao et al., 2026): (B,), (B,) → a scalar."""
+    errors = returns - median_values  # Q − u
+    return (F.softplus(errors, beta=1 / temperature) - 0.5 * errors).mean()  # E[λ·softplus((Q−u)/λ) − ½(Q−u)]
+
+
+def ppo_loss(ratio, advantages, clip_coef):
+    """Clipped surrogate −E[min(ρA, clip(ρ, 1−ε, 1+ε)A)] (Schulman et al., 2017): (B,), (B,) → a scalar."""
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)  # clip(ρ, 1−ε, 1+ε)
+    return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # −E[min(ρA, clip(ρ)A)]
+
+
+def loss_coefficients(args):
+    """Weights of the terms that `minibatch_losses` returns, in its order."""
+    median_coef = args.median_coef * args.use_median * (args.loss == "bpo")
+    return {"policy_loss": 1.0, "value_loss": args.vf_coef, "median_loss": median_coef, "entropy": -args.ent_coef}
+
+
+def minibatch_losses(agent, batch, args):
+    """Policy, value and median loss and the entropy on a minibatch of `update`'s batch: four scalars.
+
+    BPO's A and Ã are taken against the critics as they are now, PPO's A is as it was when the rollout ended.
+    """
+    logprobs, entropy, values, median_values = agent.evaluate_actions(batch["obs"], batch["actions"])
+    ratio = torch.exp(logprobs - batch["logprobs"])
+    if args.loss == "ppo":
+        advantages = batch["advantages"]
+        if args.norm_adv:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        policy_loss = ppo_loss(ratio, advantages, args.epsilon)
+    else:
+        advantages = (batch["returns"] - values).detach()
+        median_advantages = (batch["returns"] - median_values).detach() if args.use_median else advantages
+        if args.norm_adv:
+            advantages = advantages / (advantages.std() + 1e-8)
+        policy_loss = bpo_loss(ratio, advantages, median_advantages, args.epsilon, args.temperature)
+    value_loss = 0.5 * F.mse_loss(values, batch["returns"])
+    return policy_loss, value_loss, median_loss(batch["returns"], median_values, args.median_temperature), entropy
+
+
+@torch.no_grad()
+def ratio_metrics(agent, batch, args):
+    """What an update did to the ratios of its rollout: estimates of KL(π₀‖π), share outside the band."""
+    logprobs, _, _, _ = agent.evaluate_actions(batch["obs"], batch["actions"])
+    logratio = logprobs - batch["logprobs"]
+    ratio = logratio.exp()
+    return {
+        "old_approx_kl": -logratio.mean(),
+        "approx_kl": (ratio - 1 - logratio).mean(),
+        "clipfrac": ((ratio - 1).abs() > args.epsilon).float().mean(),
+    }
+
+
+def update(agent, optimizer, batch, args):
+    """Fits policy and critics to one rollout; returns the metrics, scalars.
+
+    `batch` holds obs (B, …), actions (B, …), logprobs, values, advantages and returns (B,). FloatingPointError names the first
+    term that is not finite.
+    """
+    gradient = optimizer.param_groups[0]["params"][0].grad  # of all weights, see flatten_parameters
+    names, coefs = zip(*loss_coefficients(args).items())
+    coefs, history = torch.tensor(coefs, device=gradient.device), []
+    for _ in range(args.update_epochs):
+        shuffle = torch.randperm(len(batch["obs"]))
+        shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
+        for minibatch in zip(*shuffled):
+            losses = torch.stack(minibatch_losses(agent, dict(zip(batch, minibatch)), args))
+            gradient.zero_()
+            (coefs @ losses).backward()
+            gradient.mul_((args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0))
+            optimizer.step()
+            history.append(losses.detach())
+    history = torch.stack(history)
+    for _, term in (~history.isfinite()).nonzero()[:1].tolist():
+        raise FloatingPointError(f"{names[term]} is not finite")
+    metrics = dict(zip(names, history.mean(0))) | ratio_metrics(agent, batch, args)
+    if not metrics["approx_kl"].isfinite():
+        raise FloatingPointError("the ratio is not finite")
+    return metrics | {"explained_variance": 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()}
+
+
+# Run folder -----------------------------------------------------------------------------------------------------------
+
+
+def new_run_dir(args):
+    """Makes runs/<env>__<script>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
+    stamp = int(time.time())
+    while True:
+        run_dir = Path("runs") / f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{stamp}"
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir(parents=True)
+            return run_dir
+        stamp += 1
+
+
+def convert(tree, types, function):
+    """Applies `function` to the leaves of these types in nested dicts, lists and tuples."""
+    if isinstance(tree, dict):
+        return {key: convert(value, types, function) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(convert(value, types, function) for value in tree)
+    return function(tree) if isinstance(tree, types) else tree
+
+
+def save_checkpoint(run_dir, checkpoint):
+    """Replaces the run's checkpoint, made of tensors and plain data, in one step: at any instant a whole one is there."""
+    buffer, temporary = io.BytesIO(), run_dir / "checkpoint.tmp"
+    torch.save(convert(checkpoint, np.ndarray | np.generic, lambda array: torch.from_numpy(np.array(array))), buffer)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, run_dir / "checkpoint.pt")
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(run_dir):
+    """The checkpoint of a run folder of this script; exits with a line if there is none."""
+    path = Path(run_dir) / "checkpoint.pt"
+    if not path.is_file():
+        sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script = checkpoint["script"]
+        args = Args(**checkpoint["args"]) if script == SCRIPT else None
+    except Exception as error:  # damage shows in many ways
+        sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
+    if script != SCRIPT:
+        sys.exit(f"{SCRIPT}: {run_dir} is a run of {script}.py")
+    return checkpoint | {"args": args}
+
+
+def append_episodes(path, size, rows):
+    """Appends to the first `size` bytes of episodes.csv, cutting what an interrupted run left there; returns the new size."""
+    text = "".join(f"{step},{float(score)},{length},{seconds:.1f}\n" for step, score, length, seconds in rows)
+    with open(path, "r+b") as file:
+        file.truncate(size)
+        file.seek(size)
+        file.write(text.encode())
+    return size + len(text)
+
+
+def plot_learning_curve(run_dir, title):
+    """Draws learning_curve.png: every episode's return, and the mean of the last 20."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
+    steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
+    sums, last = np.insert(returns.cumsum(), 0, 0.0), np.arange(1, len(returns) + 1)
+    first = np.maximum(last - 20, 0)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, returns, ".", alpha=0.25, label="episode")
+    axes.plot(steps, (sums[last] - sums[first]) / (last - first), color="tab:blue", label="mean of the last 20 episodes")
+    axes.set(xlabel="environment steps", ylabel="return (undiscounted)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run_dir / "learning_curve.png", dpi=120)
+    plt.close(figure)
+
+
+def evaluate(weights, args, run_dir):
+    """Plays `eval_episodes` whole games, actions sampled from the policy; prints and returns their scores."""
+    envs = AtariEnvs(args.env_id, args.eval_episodes, life_loss=False)
+    agent = Agent(envs.single_action_space.n, args).to(args.device)
+    agent.load_state_dict(weights)
+    generator = torch.Generator().manual_seed(args.seed)
+    obs = envs.seeded_reset(args.seed + 1_000_000 + np.arange(args.eval_episodes))
+    returns, over = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
+    while not over.all():
+        noise = gumbel(args.eval_episodes, envs.single_action_space.n, generator=generator).to(args.device)
+        actions, _, _ = agent.act(torch.from_numpy(obs).to(args.device), noise)
+        obs, rewards, _, _, infos = envs.step(actions.cpu().numpy())
+        returns += rewards * ~over
+        over |= infos["game_over"]
+    envs.close()
+    print("returns:", *(f"{score:.0f}" for score in returns))
+    print(f"evaluation: {np.mean(returns):.1f} ± {np.std(returns):.1f} (mean ± std of {len(returns)} games, sampled actions)")
+    if args.capture_video:
+        film_game(agent, args, run_dir)
+    return returns
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def check_args(args):
+    """Exits with a line on arguments that can't be."""
+    counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "num_threads", "checkpoint_every", "eval_episodes")
+    for name in counts:
+        if getattr(args, name) < 1:
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
+    batch_size = args.num_envs * args.num_steps
+    if 2 * args.num_minibatches > batch_size:
+        sys.exit(f"{SCRIPT}: a batch of {batch_size} steps (--num-envs × --num-steps) can't be cut into "
+                 f"{args.num_minibatches} minibatches of at least 2: lower --num-minibatches")  # fmt: skip
+    if args.total_timesteps < batch_size:
+        sys.exit(f"{SCRIPT}: --total-timesteps {args.total_timesteps} is less than one batch of {batch_size} steps "
+                 "(--num-envs × --num-steps)")  # fmt: skip
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        sys.exit(
+            f"{SCRIPT}: --device {args.device} is not to be had here: {torch.cuda.device_count()} GPUs are visible, or take cpu"
+        )
+    check_loss_args(args)
+
+
+def train(args):
+    """Trains, evaluates and draws the learning curve; returns the run folder."""
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    if checkpoint:
+        run_dir, args = Path(args.resume), checkpoint["args"]
+        check_args(args)
+    else:
+        check_args(args)
+        check_env_id(args.env_id)  # a wrong game ends here, before there is a run folder
+        run_dir = new_run_dir(args)
+        (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2))
+        (run_dir / "episodes.csv").write_text("step,return,length,wall_time\n")
+    print(f"run folder: {run_dir}", flush=True)
+    if args.track:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
+                   id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
+    stopped_by = []
+
+    def stop(signum, frame):
+        stopped_by.append(signum)  # the iteration ends and is saved
+        signal.signal(signum, signal.SIG_DFL)  # unless the signal comes again
+
+    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    envs = AtariEnvs(args.env_id, args.num_envs, num_threads=args.num_threads)
+    num_actions = int(envs.single_action_space.n)
+    agent = Agent(num_actions, args).to(args.device)
+    optimizer = torch.optim.Adam([flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+
+    iteration, start_time, csv_size = 0, time.time(), (run_dir / "episodes.csv").stat().st_size
+    episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
+    if checkpoint:
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["torch_rng"])
+        state = convert(checkpoint["state"], torch.Tensor, torch.Tensor.numpy)
+        iteration, start_time, csv_size = state["iteration"], time.time() - state["seconds"], state["csv_size"]
+        random.setstate(state["python_rng"])
+        np.random.set_state(state["numpy_rng"])
+        episode_return, episode_length = state["episodes"]
+        next_obs = envs.replay(*state["games"])
+    else:
+        next_obs = envs.seeded_reset(args.seed + np.arange(args.num_envs))
+
+    def save():
+        actions = [np.frombuffer(played, np.uint8) for played in envs.actions]
+        state = {"iteration": iteration, "seconds": time.time() - start_time, "csv_size": csv_size,
+                 "python_rng": random.getstate(), "numpy_rng": np.random.get_state(),
+                 "games": (envs.seeds, actions), "episodes": (episode_return, episode_length)}  # fmt: skip
+        save_checkpoint(run_dir, {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "state": state,
+                                  "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()})  # fmt: skip
+
+    if not checkpoint:
+        save()
+    shape = (args.num_steps, args.num_envs)
+    obs = torch.zeros((*shape, *next_obs.shape[1:]), dtype=torch.uint8, device=args.device)  # 29 MB at the defaults
+    screens = torch.zeros(next_obs.shape, dtype=torch.uint8, pin_memory=obs.is_cuda)  # on the way to the device
+    actions = torch.zeros(shape, dtype=torch.int64, device=args.device)
+    logprobs, values = torch.zeros((2, *shape), device=args.device)
+    rewards = np.zeros(shape)
+    terminations, truncations = np.zeros(shape, bool), np.zeros(shape, bool)
+    writer = SummaryWriter(run_dir, purge_step=iteration * batch_size + 1)
+    rows, recent_returns = [], deque(maxlen=20)
+    progress = tqdm(total=num_iterations * batch_size, initial=iteration * batch_size, unit=" steps", disable=None)
+
+    while iteration < num_iterations and not stopped_by:
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+
+        # Rollout.
+        noise, cut_off = gumbel(*shape, num_actions).to(args.device), []
+        for step in range(args.num_steps):
+            screens.numpy()[:] = next_obs
+            obs[step].copy_(screens, non_blocking=True)
+            actions[step], logprobs[step], values[step] = agent.act(obs[step], noise[step])
+            next_obs, rewards[step], terminations[step], truncations[step], infos = envs.step(actions[step].cpu().numpy())
+            cut_off += [(step, i, infos["final_obs"][i]) for i in np.flatnonzero(truncations[step])]
+            episode_return += rewards[step]
+            episode_length += 1
+            for i in np.flatnonzero(infos["game_over"]):
+                global_step = iteration * batch_size + (step + 1) * args.num_envs
+                rows.append((global_step, episode_return[i], episode_length[i], time.time() - start_time))
+                episode_return[i] = episode_length[i] = 0
+        iteration += 1
+        global_step = iteration * batch_size
+
+        # Advantages and returns, of rewards clipped to their sign.
+        with torch.no_grad():
+            next_values = torch.cat((values[1:], agent(torch.from_numpy(next_obs).to(args.device))[1][None]))
+            for step, i, last_obs in cut_off:
+                next_values[step, i] = agent(torch.from_numpy(last_obs).to(args.device)[None])[1]
+        clipped_rewards = torch.from_numpy(np.sign(rewards)).float().to(args.device)
+        dones = torch.from_numpy(terminations | truncations).float().to(args.device)
+        terminated = torch.from_numpy(terminations).float().to(args.device)
+        advantages = gae(clipped_rewards, values, next_values, terminated, dones, args.gamma, args.gae_lambda)
+        batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values, "advantages": advantages}
+        batch["returns"] = advantages + values
+        batch = {key: tensor.flatten(0, 1) for key, tensor in batch.items()}
+
+        try:
+            metrics = update(agent, optimizer, batch, args)
+        except FloatingPointError as error:
+            sys.exit(f"{SCRIPT}: stopped at step {global_step}: {error}. {run_dir} keeps the last good checkpoint")
+
+        # Log and save. A full disk costs records, never the training.
+        recent_returns.extend(score for _, score, _, _ in rows)
+        with contextlib.suppress(OSError):
+            for step, score, length, _ in rows:
+                writer.add_scalar("charts/episodic_return", score, step)
+                writer.add_scalar("charts/episodic_length", length, step)
+            for name, value in metrics.items():
+                writer.add_scalar(f"losses/{name}", value, global_step)
+            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+            writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
+        try:
+            csv_size = append_episodes(run_dir / "episodes.csv", csv_size, rows)
+            rows.clear()
+            if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stopped_by:
+                save()
+        except OSError as error:
+            tqdm.write(f"{SCRIPT}: not saved at step {global_step} ({error}); training goes on", file=sys.stderr)
+        progress.set_postfix({"return": f"{np.mean(recent_returns):.1f}" if recent_returns else "-"}, refresh=False)
+        progress.update(batch_size)
+
+    progress.close()
+    envs.close()
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    if stopped_by:
+        print(f"stopped at step {iteration * batch_size}; to go on: python {SCRIPT}.py --resume {run_dir}")
+        sys.exit(128 + stopped_by[0])
+    with contextlib.suppress(OSError):
+        for episode, score in enumerate(evaluate(agent.state_dict(), args, run_dir)):
+            writer.add_scalar("eval/episodic_return", score, episode)
+        writer.close()
+    plot_learning_curve(run_dir, f"{args.env_id}, {SCRIPT}, seed {args.seed}")
+    print(f"learning curve: {run_dir / 'learning_curve.png'}")
+    return run_dir
+
+
+def main():
+    args = tyro.cli(Args)
+    if args.loss == "ppo":
+        args = tyro.cli(Args, default=Args(loss="ppo", **PPO))  # flags given beside the loss win
+    if args.resume and args != Args(resume=args.resume):
+        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag")
+    if args.evaluate:
+        checkpoint = load_checkpoint(args.evaluate)
+        played = dict(eval_episodes=args.eval_episodes, capture_video=args.capture_video, device=args.device)
+        settings = replace(checkpoint["args"], **played)
+        evaluate(checkpoint["agent"], settings, Path(args.evaluate))
+    else:
+        try:
+            train(args)
+        except OSError as error:
+            sys.exit(f"{SCRIPT}: {error}: is there room and permission to write in {Path('runs').absolute()}?")
+
+
+if __name__ == "__main__":
+    main()

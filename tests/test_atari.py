@@ -1,0 +1,254 @@
+"""bpo_atari.py on the real Arcade Learning Environment: preprocessing, ends of lives and games, replay, learning, conduct."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import bpo_atari as bpo
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"num_envs": 2, "num_steps": 32, "num_minibatches": 2, "update_epochs": 1, "eval_episodes": 1, "num_threads": 1}
+FLAGS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def checkpoint(run_dir):
+    return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)
+
+
+def assert_same_weights(first, second):
+    first, second = checkpoint(first)["agent"], checkpoint(second)["agent"]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Reference:
+    """One game in gymnasium's own wrappers, started as the vector environment starts it: FIRE where there is one, no-ops."""
+
+    def __init__(self, env_id):
+        game = gym.spec(env_id).kwargs
+        base = gym.make(env_id, frameskip=1, repeat_action_probability=game["repeat_action_probability"])
+        self.env = gym.wrappers.AtariPreprocessing(base, noop_max=0)
+        self.fire = "FIRE" in base.unwrapped.get_action_meanings()
+        self.ale = base.unwrapped.ale
+
+    def reset(self, frames, seed=None):
+        self.env.reset(seed=seed)
+        for frame in range(frames):
+            self.ale.act(1 if self.fire and frame == 0 else 0)
+        self.ale.getScreenGrayscale(self.env.obs_buffer[0])
+        self.env.obs_buffer[1].fill(0)
+        self.lives = self.ale.lives()
+        self.stack = np.zeros((4, 84, 84), np.uint8)
+        return self.push(self.env._get_obs())
+
+    def push(self, screen):
+        self.stack = np.concatenate((self.stack[1:], screen[None]))
+        return self.stack
+
+    def step(self, action):
+        screen, reward, game_over, _, _ = self.env.step(action)
+        life_lost, self.lives = 0 < self.ale.lives() < self.lives, self.ale.lives()
+        return self.push(screen), reward, game_over or life_lost, game_over
+
+
+@pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "ALE/Boxing-v5", "ALE/Asterix-v5", "PongNoFrameskip-v4"])
+def test_screens_rewards_and_ends_are_those_of_gymnasium_s_wrappers(env_id):
+    num_envs, steps, gym_seeds = 2, 3000, [1, 4]
+    # gymnasium's Atari environment hands ALE the second word that its seed generates
+    seeds = np.array([np.random.SeedSequence(seed).generate_state(2)[1].astype(np.int32) for seed in gym_seeds])
+    assert (seeds >= 0).all()
+    envs, references = bpo.AtariEnvs(env_id, num_envs), [Reference(env_id) for _ in range(num_envs)]
+    obs = envs.seeded_reset(seeds.copy())
+    for i, reference in enumerate(references):
+        np.testing.assert_array_equal(obs[i], reference.reset(envs.frames[i], gym_seeds[i]))
+    actions = np.random.default_rng(0).integers(0, envs.single_action_space.n, (steps, num_envs))
+    ends = rewarded = 0
+    for action in actions:
+        obs, rewards, terminations, truncations, infos = envs.step(action)
+        for i, reference in enumerate(references):
+            expected_obs, reward, terminated, game_over = reference.step(action[i])
+            assert (rewards[i], terminations[i], infos["game_over"][i]) == (reward, terminated, game_over)
+            if game_over:
+                expected_obs = reference.reset(envs.frames[i])
+            np.testing.assert_array_equal(obs[i], expected_obs)
+            ends, rewarded = ends + terminated, rewarded + (reward != 0)
+        assert not truncations.any()
+    assert ends > 0 and rewarded > 20
+
+
+def test_no_transition_crosses_a_reset_and_a_lost_life_ends_the_bootstrap_but_not_the_game(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen, gae, step, ends = {}, bpo.gae, bpo.AtariEnvs.step, []
+
+    def spy_gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+        seen.update(values=values, next_values=next_values, terminations=terminations, dones=dones)
+        return gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda)
+
+    def cut_step(envs, actions):  # as if the time limit fell on every 50th step of the first game
+        obs, rewards, terminations, truncations, infos = step(envs, actions)
+        ends.append((terminations.copy(), infos["game_over"].copy()))
+        if len(ends) % 50 == 0 and not terminations[0]:
+            truncations = np.array([True, False])
+            infos = infos | {"final_obs": np.full_like(obs, 7)}
+        return obs, rewards, terminations, truncations, infos
+
+    class Constant(bpo.Agent):
+        def forward(self, obs):  # a value that names the screens
+            names = obs.float().sum((1, 2, 3))
+            return torch.zeros(len(obs), 4), names, names
+
+    monkeypatch.setattr(bpo, "gae", spy_gae)
+    monkeypatch.setattr(bpo, "Agent", Constant)
+    monkeypatch.setattr(bpo, "update", lambda *_: {})
+    monkeypatch.setattr(bpo.AtariEnvs, "step", cut_step)
+    monkeypatch.setattr(bpo, "evaluate", lambda *_: [])
+    flags = SMALL | {"num_steps": 300, "total_timesteps": 600}
+    bpo.train(bpo.Args(env_id="BreakoutNoFrameskip-v4", **flags))
+    terminations, game_over = (np.array(column) for column in zip(*ends))
+    assert terminations.sum() > game_over.sum() > 0  # lives and games ended
+    np.testing.assert_array_equal(seen["terminations"], terminations)
+    truncated = (seen["dones"] - seen["terminations"])[:, 0].nonzero()[:, 0].tolist()
+    assert truncated and all(step % 50 == 49 for step in truncated)
+    following = torch.cat((seen["values"][1:], seen["next_values"][-1:]))
+    following[truncated, 0] = 7.0 * 4 * 84 * 84  # the last screens of the game that was cut off, not the first of the next
+    assert torch.equal(seen["next_values"], following)
+
+
+@pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "ALE/Boxing-v5"])
+def test_replayed_games_go_on_bit_for_bit(env_id, monkeypatch):
+    monkeypatch.setattr(bpo.AtariEnvs, "reseed_after", 200)  # so that games of several seeds are met
+    envs, twin = bpo.AtariEnvs(env_id, 3), bpo.AtariEnvs(env_id, 3)
+    envs.seeded_reset(5 + np.arange(3))
+    actions = np.random.default_rng(0).integers(0, envs.single_action_space.n, (1400, 3))
+    for action in actions[:1100]:
+        obs, *_ = envs.step(action)
+    lengths = [len(played) for played in envs.actions]
+    assert len(set(lengths)) > 1 or env_id != "BreakoutNoFrameskip-v4"
+    np.testing.assert_array_equal(
+        obs, twin.replay(envs.seeds.copy(), [np.frombuffer(bytes(a), np.uint8) for a in envs.actions])
+    )
+    for action in actions[1100:]:
+        for ours, theirs in zip(envs.step(action)[:4], twin.step(action)[:4]):
+            np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(envs.seeds, twin.seeds)
+    assert envs.actions == twin.actions
+
+
+@pytest.mark.parametrize("loss", ["bpo", "ppo"])
+def test_a_stopped_run_resumes_to_the_same_weights_and_episodes(loss, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bpo, "evaluate", lambda *_: [])
+    args = bpo.Args(env_id="ALE/Breakout-v5", loss=loss, total_timesteps=64 * 12, checkpoint_every=3, **SMALL)
+    whole = bpo.train(args)
+    save, saved = bpo.save_checkpoint, []
+
+    def dying_save(run_dir, state):
+        save(run_dir, state)
+        saved.append(state["state"]["iteration"])
+        if saved[-1] == 6:
+            raise KeyboardInterrupt  # as if killed
+
+    monkeypatch.setattr(bpo, "save_checkpoint", dying_save)
+    with pytest.raises(KeyboardInterrupt):
+        bpo.train(args)
+    (killed,) = set(Path("runs").iterdir()) - {whole}
+    monkeypatch.setattr(bpo, "save_checkpoint", save)
+    bpo.train(bpo.Args(resume=str(killed)))
+    assert saved == [0, 3, 6] and checkpoint(killed)["state"]["iteration"] == 12
+    assert_same_weights(whole, killed)
+    rows = [[row[:3] for row in csv.reader(open(run / "episodes.csv"))] for run in (whole, killed)]  # noqa: SIM115
+    assert rows[0] == rows[1] and len(rows[0]) > 2
+
+
+def test_a_run_fits_its_values_and_keeps_its_ratios_in_the_band(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bpo, "evaluate", lambda *_: [])
+    flags = {"num_envs": 8, "num_steps": 32, "num_minibatches": 1, "update_epochs": 4}
+    run_dir = bpo.train(bpo.Args(env_id="ALE/Boxing-v5", total_timesteps=32 * 8 * 10, **flags))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir)).Reload()
+    value_losses = [event.value for event in events.Scalars("losses/explained_variance")]
+    outside = [event.value for event in events.Scalars("losses/clipfrac")]
+    assert np.mean(value_losses[-3:]) > np.mean(value_losses[:3])
+    assert max(outside) < 0.2
+    assert (run_dir / "learning_curve.png").stat().st_size > 10_000
+
+
+def test_the_policy_samples_its_own_distribution():
+    torch.manual_seed(0)
+    logits = torch.tensor([0.0, 1.0, -1.0, 0.5])
+    actions = (logits.log_softmax(-1) + bpo.gumbel(200_000, 4)).argmax(-1)
+    torch.testing.assert_close(actions.bincount() / 200_000, logits.softmax(-1), atol=5e-3, rtol=0)
+
+
+def test_log_prob_and_entropy_are_those_of_a_categorical_distribution():
+    torch.manual_seed(0)
+    agent = bpo.Agent(6, bpo.Args())
+    obs, actions = torch.randint(256, (5, 4, 84, 84), dtype=torch.uint8), torch.tensor([0, 5, 2, 2, 1])
+    logprobs, entropy, values, median_values = agent.evaluate_actions(obs, actions)
+    logits, expected_values, expected_median_values = agent(obs)
+    expected = torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(logprobs, expected.log_prob(actions))
+    torch.testing.assert_close(entropy, expected.entropy().mean())
+    assert torch.equal(values, expected_values) and torch.equal(median_values, expected_median_values)
+
+
+def test_ppo_and_bpo_have_the_authors_settings_and_flags_win(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bpo, "train", seen.append)
+    for flags in ([], ["--loss", "ppo"], ["--loss", "ppo", "--epsilon", "0.2"]):
+        monkeypatch.setattr(sys, "argv", ["bpo_atari.py", *flags])
+        bpo.main()
+    rows = [(a.update_epochs, a.epsilon, a.ent_coef, a.max_grad_norm, a.learning_rate, a.gamma) for a in seen]
+    assert rows[0] == (5, 0.3, 1e-3, 1.0, 2.5e-4, 0.98)
+    assert rows[1] == (4, 0.1, 0.01, 0.5, 2.5e-4, 0.98) and rows[2][1] == 0.2
+    assert all(a.num_envs * a.num_steps // a.num_minibatches == 256 for a in seen)
+
+
+def test_a_game_is_filmed_and_a_trained_policy_played_again(tmp_path):
+    flags = ["--env-id", "ALE/Breakout-v5", "--total-timesteps", "64", "--capture-video"]
+    command = [sys.executable, str(ROOT / "bpo_atari.py")]
+    result = subprocess.run([*command, *FLAGS, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert list(run_dir.glob("videos/eval*.mp4"))
+    result = subprocess.run(
+        [*command, "--evaluate", run_dir, "--eval-episodes", "3"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and "mean ± std of 3 games" in result.stdout, result.stderr
+
+
+BAD_INPUT = [
+    (["--env-id", "ALE/Pon-v5"], "ALE/Pong-v5"),
+    (["--env-id", "Pong-v4"], "PongNoFrameskip-v4"),
+    (["--env-id", "Humanoid-v4"], "bpo_continuous.py"),
+    (["--env-id", "Pong-ram-v4"], "-ram"),
+    (["--epsilon", "1"], "--epsilon"),
+    (["--temperature", "0"], "--temperature"),
+    (["--num-minibatches", "2000"], "--num-minibatches"),
+    (["--total-timesteps", "10"], "--total-timesteps"),
+    (["--device", "cuda:9"], "--device"),
+    (["--resume", "nowhere"], "nowhere"),
+    (["--resume", "nowhere", "--seed", "3"], "no other flag"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD_INPUT, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_is_answered_in_one_line(flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bpo_atari.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        bpo.main()
+    assert words in stop.value.code and "\n" not in stop.value.code and not (tmp_path / "runs").exists()
+
+
+def test_a_missing_rom_is_one_line(monkeypatch):
+    monkeypatch.setattr(bpo.ale_py.roms, "get_rom_path", lambda _: None)
+    with pytest.raises(SystemExit, match="ROM of ALE/Pong-v5 is missing"):
+        bpo.check_env_id("ALE/Pong-v5")
