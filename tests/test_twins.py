@@ -8,7 +8,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # What may differ between bpo_continuous.py and ppo_baseline.py: hyperparameters, loss and median critic.
 OWN = {"Args", "PAPER_ALL", "PAPER", "check_loss_args", "Agent", "loss_coefficients", "minibatch_losses", "ratio_metrics"}
 SHARED_WITH_ATARI = {"gae", "target_ratio", "bpo_loss", "median_loss", "update", "flatten_parameters", "layer_init", "convert"}
-SHARED_WITH_ATARI |= {"SCRIPT", "new_run_dir", "save_checkpoint", "load_checkpoint", "append_episodes", "plot_learning_curve"}
+SHARED_WITH_ATARI |= {
+    "SCRIPT",
+    "gym.logger.min_level",
+    "new_run_dir",
+    "save_checkpoint",
+    "load_checkpoint",
+    "append_episodes",
+    "plot_learning_curve",
+}
 LOSSES = {"target_ratio", "bpo_loss", "median_loss", "ppo_loss", "clipped_value_loss"}
 
 
