@@ -192,7 +192,7 @@ def film_game(agent, args, run_dir):
     done = False
     while not done:
         noise = gumbel(1, env.action_space.n, generator=generator).to(args.device)
-        action, _, _ = agent.act(torch.from_numpy(obs)[None].to(args.device), noise)
+        action, _, _ = agent.act(to_screens(obs[None], args.device), noise)
         obs, _, terminated, truncated, _ = env.step(action.item())
         done = terminated or truncated
     env.close()
@@ -216,6 +216,11 @@ def gumbel(*shape, generator=None):
     return -torch.empty(shape).exponential_(generator=generator).log()
 
 
+def to_screens(obs, device):
+    """Observations (B, 4, 84, 84), an array → (B, 84, 84, 4), a tensor of the device."""
+    return torch.from_numpy(np.ascontiguousarray(obs.transpose(0, 2, 3, 1))).to(device)
+
+
 class Agent(nn.Module):
     """Categorical actor, mean critic V and median critic μ on the features of one Nature CNN (Mnih et al., 2015)."""
 
@@ -223,28 +228,33 @@ class Agent(nn.Module):
         super().__init__()
         convolutions = [nn.Conv2d(4, 32, 8, stride=4), nn.Conv2d(32, 64, 4, stride=2), nn.Conv2d(64, 64, 3, stride=1)]
         self.convolutions = nn.Sequential(*(layer for conv in convolutions for layer in (layer_init(conv), nn.ReLU())))
+        self.convolutions.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
         self.features = nn.Sequential(layer_init(nn.Linear(64 * 7 * 7, 512)), nn.ReLU())
         self.actor, self.critic, self.median_critic = head(num_actions, 0.01), head(1, 1.0), head(1, 1.0)
         self.amp = args.amp
 
     def forward(self, obs):
-        """Screens (B, 4, 84, 84), bytes → logits (B, A), V(s) (B,), μ(s) (B,)"""
+        """Screens (B, 84, 84, 4), bytes → logits (B, A), V(s) (B,), μ(s) (B,)"""
+        first, *others = self.convolutions
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.amp):
-            x = obs.to(dtype=torch.float32, memory_format=torch.channels_last) / 255
-            features = self.features(self.convolutions(x).permute(0, 2, 3, 1).flatten(1))  # laid out as channels_last is
+            x = obs.permute(0, 3, 1, 2).float()
+            x = F.conv2d(x, first.weight / 255, first.bias, first.stride)  # there are fewer weights to divide than screens
+            for layer in others:
+                x = layer(x)
+            features = self.features(x.permute(0, 2, 3, 1).flatten(1))
             outputs = self.actor(features), self.critic(features)[:, 0], self.median_critic(features)[:, 0]
         return tuple(output.float() for output in outputs)
 
     @torch.no_grad()
     def act(self, obs, noise):
-        """Screens (B, 4, 84, 84), Gumbel noise (B, A) → sampled actions (B,), log π(a|s) (B,), V(s) (B,)"""
+        """Screens (B, 84, 84, 4), Gumbel noise (B, A) → sampled actions (B,), log π(a|s) (B,), V(s) (B,)"""
         logits, values, _ = self(obs)
         logprobs = logits.log_softmax(-1)
         actions = (logprobs + noise).argmax(-1)
         return actions, logprobs.gather(-1, actions[:, None])[:, 0], values
 
     def evaluate_actions(self, obs, actions):
-        """log π(a|s) (B,), mean entropy (), V(s) (B,) and μ(s) (B,) of screens (B, 4, 84, 84) and actions (B,)"""
+        """log π(a|s) (B,), mean entropy (), V(s) (B,) and μ(s) (B,) of screens (B, 84, 84, 4) and actions (B,)"""
         logits, values, median_values = self(obs)
         logprobs = logits.log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
@@ -253,11 +263,12 @@ class Agent(nn.Module):
 
 def flatten_parameters(module):
     """Moves all weights into one vector, all gradients into another: to clip and to step is then one operation each."""
-    vector = nn.Parameter(nn.utils.parameters_to_vector(module.parameters()).detach())
+    parameters = list(module.parameters())
+    vector = nn.Parameter(torch.cat([p.detach().as_strided((p.numel(),), (1,)) for p in parameters]))  # as they lie in memory
     vector.grad = torch.zeros_like(vector)
-    sizes = [parameter.numel() for parameter in module.parameters()]
-    for parameter, data, grad in zip(module.parameters(), vector.data.split(sizes), vector.grad.split(sizes)):
-        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
+    sizes = [p.numel() for p in parameters]
+    for p, data, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes)):
+        p.data, p.grad = data.as_strided(p.size(), p.stride()), grad.as_strided(p.size(), p.stride())
     return vector
 
 
@@ -339,7 +350,8 @@ def minibatch_losses(agent, batch, args):
 @torch.no_grad()
 def ratio_metrics(agent, batch, args):
     """What an update did to the ratios of its rollout: estimates of KL(π₀‖π), share outside the band."""
-    logprobs, _, _, _ = agent.evaluate_actions(batch["obs"], batch["actions"])
+    minibatches = zip(batch["obs"].tensor_split(args.num_minibatches), batch["actions"].tensor_split(args.num_minibatches))
+    logprobs = torch.cat([agent.evaluate_actions(obs, actions)[0] for obs, actions in minibatches])
     logratio = logprobs - batch["logprobs"]
     ratio = logratio.exp()
     return {
@@ -472,7 +484,7 @@ def evaluate(weights, args, run_dir):
     returns, over = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
     while not over.all():
         noise = gumbel(args.eval_episodes, envs.single_action_space.n, generator=generator).to(args.device)
-        actions, _, _ = agent.act(torch.from_numpy(obs).to(args.device), noise)
+        actions, _, _ = agent.act(to_screens(obs, args.device), noise)
         obs, rewards, _, _, infos = envs.step(actions.cpu().numpy())
         returns += rewards * ~over
         over |= infos["game_over"]
@@ -572,8 +584,8 @@ def train(args):
     if not checkpoint:
         save()
     shape = (args.num_steps, args.num_envs)
-    obs = torch.zeros((*shape, *next_obs.shape[1:]), dtype=torch.uint8, device=args.device)  # 29 MB at the defaults
-    screens = torch.zeros(next_obs.shape, dtype=torch.uint8, pin_memory=obs.is_cuda)  # on the way to the device
+    obs = torch.zeros((*shape, 84, 84, 4), dtype=torch.uint8, device=args.device)  # 29 MB at the defaults
+    screens = torch.zeros((args.num_envs, 84, 84, 4), dtype=torch.uint8, pin_memory=obs.is_cuda)  # on their way there
     actions = torch.zeros(shape, dtype=torch.int64, device=args.device)
     logprobs, values = torch.zeros((2, *shape), device=args.device)
     rewards = np.zeros(shape)
@@ -589,7 +601,7 @@ def train(args):
         # Rollout.
         noise, cut_off = gumbel(*shape, num_actions).to(args.device), []
         for step in range(args.num_steps):
-            screens.numpy()[:] = next_obs
+            screens.numpy()[:] = next_obs.transpose(0, 2, 3, 1)
             obs[step].copy_(screens, non_blocking=True)
             actions[step], logprobs[step], values[step] = agent.act(obs[step], noise[step])
             next_obs, rewards[step], terminations[step], truncations[step], infos = envs.step(actions[step].cpu().numpy())
@@ -605,9 +617,9 @@ def train(args):
 
         # Advantages and returns, of rewards clipped to their sign.
         with torch.no_grad():
-            next_values = torch.cat((values[1:], agent(torch.from_numpy(next_obs).to(args.device))[1][None]))
+            next_values = torch.cat((values[1:], agent(to_screens(next_obs, args.device))[1][None]))
             for step, i, last_obs in cut_off:
-                next_values[step, i] = agent(torch.from_numpy(last_obs).to(args.device)[None])[1]
+                next_values[step, i] = agent(to_screens(last_obs[None], args.device))[1]
         clipped_rewards = torch.from_numpy(np.sign(rewards)).float().to(args.device)
         dones = torch.from_numpy(terminations | truncations).float().to(args.device)
         terminated = torch.from_numpy(terminations).float().to(args.device)

@@ -311,11 +311,12 @@ class Agent(nn.Module):
 
 def flatten_parameters(module):
     """Moves all weights into one vector, all gradients into another: to clip and to step is then one operation each."""
-    vector = nn.Parameter(nn.utils.parameters_to_vector(module.parameters()).detach())
+    parameters = list(module.parameters())
+    vector = nn.Parameter(torch.cat([p.detach().as_strided((p.numel(),), (1,)) for p in parameters]))  # as they lie in memory
     vector.grad = torch.zeros_like(vector)
-    sizes = [parameter.numel() for parameter in module.parameters()]
-    for parameter, data, grad in zip(module.parameters(), vector.data.split(sizes), vector.grad.split(sizes)):
-        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
+    sizes = [p.numel() for p in parameters]
+    for p, data, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes)):
+        p.data, p.grad = data.as_strided(p.size(), p.stride()), grad.as_strided(p.size(), p.stride())
     return vector
 
 

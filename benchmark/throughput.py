@@ -7,6 +7,7 @@ once, one after the other, so that a drift of the machine's speed meets them ali
     python benchmark/throughput.py
     python benchmark/throughput.py --scaling    steps per second of bpo_continuous.py by --num-envs, on all cores
     python benchmark/throughput.py --update     time of a BPO update as a multiple of a PPO update, without environment
+    python benchmark/throughput.py --atari      bpo_atari.py against Stable-Baselines3 on Pong, all cores, the paper's row
 """
 
 import json
@@ -73,6 +74,20 @@ seconds = time.perf_counter() - start
 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({{"seconds": seconds, "megabytes": memory / 1024}}))
 """
+ATARI_SB3 = """
+import json, resource, time, ale_py, gymnasium, torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.vec_env import VecFrameStack
+gymnasium.register_envs(ale_py)
+envs = VecFrameStack(make_atari_env("PongNoFrameskip-v4", n_envs=8, seed=1), 4)
+model = PPO("CnnPolicy", envs, n_steps=128, batch_size=256, n_epochs=5, gamma=0.98, learning_rate=2.5e-4, device="cpu")
+start = time.perf_counter()
+model.learn({steps})
+seconds = time.perf_counter() - start
+memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({{"seconds": seconds, "megabytes": memory / 1024}}))
+"""
 
 
 @dataclass
@@ -83,12 +98,13 @@ class Args:
     rounds: int = 5  # runs of each program
     scaling: bool = False  # measure --num-envs 1, 4 and 16 instead, synchronous and asynchronous
     update: bool = False  # measure the updates alone instead
+    atari: bool = False  # measure Pong instead
 
 
 def measure(program, cores):
     """Runs a program on the first `cores` cores in an empty folder; what it prints last, as JSON."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(cores), "PYTHONWARNINGS": "ignore"}
         available = sorted(os.sched_getaffinity(0))[:cores]
         process = subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True,
                                  preexec_fn=lambda: os.sched_setaffinity(0, available))  # fmt: skip
@@ -123,6 +139,12 @@ def main():
     if args.update:
         median, low, high = measure(UPDATE.format(root=str(ROOT), hidden_size=args.hidden_size, rounds=args.rounds), 1)
         print(f"a BPO update takes {median:.2f} times a PPO update (median of {args.rounds} pairs, {low:.2f}–{high:.2f})")
+    elif args.atari:
+        flags = {"env_id": "PongNoFrameskip-v4", "total_timesteps": args.steps, "update_epochs": 5, "device": "cpu"}
+        programs = {f"bpo_atari.py --loss {loss}": ours("bpo_atari", loss=loss) for loss in ("bpo", "ppo")}
+        programs["bpo_atari.py --amp"] = ours("bpo_atari", amp=True)
+        sb3 = ATARI_SB3.format(steps=args.steps)
+        compare(programs | {"Stable-Baselines3 PPO": sb3}, args.steps, args.rounds, len(os.sched_getaffinity(0)))
     elif args.scaling:
         programs = {}
         for num_envs in (16, 4, 1):

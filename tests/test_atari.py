@@ -190,13 +190,23 @@ def test_the_policy_samples_its_own_distribution():
 def test_log_prob_and_entropy_are_those_of_a_categorical_distribution():
     torch.manual_seed(0)
     agent = bpo.Agent(6, bpo.Args())
-    obs, actions = torch.randint(256, (5, 4, 84, 84), dtype=torch.uint8), torch.tensor([0, 5, 2, 2, 1])
+    obs, actions = torch.randint(256, (5, 84, 84, 4), dtype=torch.uint8), torch.tensor([0, 5, 2, 2, 1])
     logprobs, entropy, values, median_values = agent.evaluate_actions(obs, actions)
     logits, expected_values, expected_median_values = agent(obs)
     expected = torch.distributions.Categorical(logits=logits)
     torch.testing.assert_close(logprobs, expected.log_prob(actions))
     torch.testing.assert_close(entropy, expected.entropy().mean())
     assert torch.equal(values, expected_values) and torch.equal(median_values, expected_median_values)
+
+
+def test_the_network_is_the_nature_cnn():
+    torch.manual_seed(0)
+    agent = bpo.Agent(6, bpo.Args())
+    obs = np.random.default_rng(0).integers(0, 256, (3, 4, 84, 84), np.uint8)
+    x = agent.convolutions(torch.from_numpy(obs).float() / 255)  # as the layers are written, in torch's usual layout
+    assert x.shape == (3, 64, 7, 7)
+    features = agent.features(x.permute(0, 2, 3, 1).flatten(1))
+    torch.testing.assert_close(agent(bpo.to_screens(obs, "cpu"))[0], agent.actor(features), rtol=1e-4, atol=1e-5)
 
 
 def test_ppo_and_bpo_have_the_authors_settings_and_flags_win(monkeypatch):
