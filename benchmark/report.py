@@ -43,6 +43,7 @@ class Results:
     total_timesteps: int
     tasks: list[str]
     arms: dict[str, dict[str, dict[str, np.ndarray]]]
+    commands: dict[str, str]
 
     def curves(self, arm, task):
         """Smoothed returns (seeds, 100); None where no run has finished."""
@@ -59,8 +60,11 @@ class Results:
             columns.append((self.curves(arm, task)[:seeds, -1] - first) / (last - first))
         return np.array(columns).T
 
-    def only(self, tasks, arms):
-        return Results(self.total_timesteps, tasks, {arm: self.arms[arm] for arm in arms})
+    def only(self, *tasks):
+        """The same on some of the tasks, without the arms that have no run on one of them."""
+        tasks = [task for task in tasks or self.tasks if any(task in runs for runs in self.arms.values())]
+        arms = {arm: runs for arm, runs in self.arms.items() if set(tasks) <= set(runs)}
+        return Results(self.total_timesteps, tasks, arms, self.commands)
 
 
 def smooth(curve):
@@ -81,7 +85,7 @@ def read_run(path, total_timesteps):
 
 def read_results(*matrices):
     """The results of one or more matrix files together."""
-    results = Results(0, [], {})
+    results = Results(0, [], {}, {})
     for path in matrices:
         try:
             matrix = tomllib.loads(path.read_text())
@@ -89,8 +93,8 @@ def read_results(*matrices):
             sys.exit(f"report.py: can't read {path}: {error}")
         results.total_timesteps = matrix["total_timesteps"]
         results.tasks += [task for task in matrix["tasks"] if task not in results.tasks]
-        for arm in matrix["arms"]:
-            results.arms[arm] = {}
+        for arm, command in matrix["arms"].items():
+            results.arms[arm], results.commands[arm] = {}, command
             for task in matrix["tasks"]:
                 names = [f"{arm}__{task.replace('/', '-')}__{seed}.csv" for seed in matrix["seeds"]]
                 files = [BENCHMARK / "results" / path.stem / name for name in names]
@@ -137,31 +141,31 @@ def save(figure, path):
     plt.close(figure)
 
 
-def aggregates(results, reference="ppo"):
-    """{arm: (estimate, low, high)} of the interquartile mean and of the probability that `bpo` improves on the arm."""
-    scores = {arm: results.scores(arm, reference) for arm in results.arms}
-    random = np.random.RandomState
-    iqm = estimates(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), random(0))
-    pairs = {arm: (scores["bpo"], theirs) for arm, theirs in scores.items() if arm != "bpo"}
-    improvement = estimates(pairs, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), random(0))
+def aggregates(results, arm, reference):
+    """Normalised returns, and {name: (estimate, low, high)} of interquartile means and of P(`arm` improves on the others)."""
+    scores = {name: results.scores(name, reference) for name in results.arms}
+    iqm = estimates(scores, lambda x: np.array([metrics.aggregate_iqm(x)]))
+    pairs = {name: (scores[arm], theirs) for name, theirs in scores.items() if name != arm}
+    improvement = estimates(pairs, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]))
     return scores, iqm, improvement
 
 
-def estimates(scores, function, random_state):
-    points, intervals = library.get_interval_estimates(scores, function, reps=2000, random_state=random_state)
-    return {arm: (points[arm][0], *intervals[arm][:, 0]) for arm in scores}
+def estimates(scores, function):
+    """{name: (estimate, low, high)}, the 95 % interval from 2000 resamples of each task's seeds."""
+    points, intervals = library.get_interval_estimates(scores, function, reps=2000, random_state=np.random.RandomState(0))
+    return {name: (points[name][0], *intervals[name][:, 0]) for name in scores}
 
 
-def draw_aggregates(results, path):
+def draw_aggregates(results, path, arm="bpo", reference="ppo"):
     """Interquartile means, probabilities of improvement and performance profiles over all tasks."""
-    scores, iqm, improvement = aggregates(results)
+    scores, iqm, improvement = aggregates(results, arm, reference)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.4), layout="constrained")
     for axis, values, title in (
         (left, iqm, "interquartile mean of normalised return"),
-        (middle, improvement, "probability that bpo improves on"),
+        (middle, improvement, f"probability that {arm} improves on"),
     ):
-        for i, (arm, (point, low, high)) in enumerate(values.items()):
-            axis.barh(i, high - low, left=low, height=0.6, color=COLORS[arm], alpha=0.6)
+        for i, (name, (point, low, high)) in enumerate(values.items()):
+            axis.barh(i, high - low, left=low, height=0.6, color=COLORS.get(name), alpha=0.6)
             axis.vlines(point, i - 0.3, i + 0.3, color="black")
         axis.set_yticks(range(len(values)), values)
         axis.invert_yaxis()
@@ -169,11 +173,11 @@ def draw_aggregates(results, path):
         axis.grid(alpha=0.3, axis="x")
     middle.axvline(0.5, color="black", linestyle=":")
     thresholds = np.linspace(0, 2, 81)
-    np.random.seed(0)  # the generator that create_performance_profile resamples with
+    np.random.seed(0)  # create_performance_profile resamples with numpy's global generator
     profiles, intervals = library.create_performance_profile(scores, thresholds, reps=1000)
-    for arm, profile in profiles.items():
-        right.plot(thresholds, profile, color=COLORS[arm], label=arm)
-        right.fill_between(thresholds, *intervals[arm], color=COLORS[arm], alpha=0.2, linewidth=0)
+    for name, profile in profiles.items():
+        right.plot(thresholds, profile, color=COLORS.get(name), label=name)
+        right.fill_between(thresholds, *intervals[name], color=COLORS.get(name), alpha=0.2, linewidth=0)
     right.set(title="performance profile", xlabel="normalised return τ", ylabel="share of runs above τ")
     right.grid(alpha=0.3)
     right.legend()
@@ -203,14 +207,39 @@ def returns_table(results):
     return "\n".join(lines)
 
 
-def aggregates_table(results, reference="ppo"):
-    """Markdown: a row an arm, interquartile mean and probability that bpo improves on it."""
-    scores, iqm, improvement = aggregates(results, reference)
-    lines = ["| arm | interquartile mean of normalised return | probability that bpo improves on it | runs |"]
+def aggregates_table(results, arm="bpo", reference="ppo"):
+    """Markdown: a row an arm, interquartile mean and probability that `arm` improves on it."""
+    scores, iqm, improvement = aggregates(results, arm, reference)
+    lines = [f"| arm | interquartile mean of normalised return | probability that {arm} improves on it | runs |"]
     lines.append("|---|---|---|---|")
+    for name in results.arms:
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*values[name]) if name in values else "–" for values in (iqm, improvement)]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {scores[name].size} |")
+    return "\n".join(lines)
+
+
+def search_table(results, reference="ppo"):
+    """Markdown: a row an arm, best first: its command, mean normalised return, and the mean return on each task."""
+    rows = []
     for arm in results.arms:
-        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*values[arm]) if arm in values else "–" for values in (iqm, improvement)]
-        lines.append(f"| {arm} | {cells[0]} | {cells[1]} | {scores[arm].size} |")
+        means = [results.curves(arm, task)[:, -1].mean() for task in results.tasks]
+        scores = results.scores(arm, reference)
+        rows.append((scores.mean(), f"| `{results.commands[arm]}` | {scores.mean():.2f} | {len(scores)} | "
+                     + " | ".join(map(number, means)) + " |"))  # fmt: skip
+    head = [f"| return at {results.total_timesteps:,} steps | normalised | seeds | " + " | ".join(results.tasks) + " |"]
+    return "\n".join([*head, "|---|---|---|" + "---|" * len(results.tasks), *(row for _, row in sorted(rows, reverse=True))])
+
+
+def changes_table(results, changes, reference="ppo"):
+    """Markdown: what each change of a Plackett–Burman design did, on against off, in standard deviations of a task's arms."""
+    arms = [arm for arm in results.arms if arm != reference]
+    returns = np.array([[results.curves(arm, task)[:, -1].mean() for task in results.tasks] for arm in arms])
+    z = (returns - returns.mean(0)) / returns.std(0)
+    lines = ["| change | mean effect | " + " | ".join(results.tasks) + " |", "|---|---|" + "---|" * len(results.tasks)]
+    for letter, change in changes.items():
+        on = np.array([arm != "default" and letter in arm for arm in arms])
+        effects = z[on].mean(0) - z[~on].mean(0)
+        lines.append(f"| `{change}` | {effects.mean():+.2f} | " + " | ".join(f"{effect:+.2f}" for effect in effects) + " |")
     return "\n".join(lines)
 
 
