@@ -285,11 +285,11 @@ def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """
     deltas = rewards + gamma * (1 - terminations) * next_values - values
     decays = gamma * gae_lambda * (1 - dones)
-    advantages, advantage = torch.empty_like(deltas), torch.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):
-        advantage = deltas[t] + decays[t] * advantage
-        advantages[t] = advantage
-    return advantages
+    advantages, advantage = [], torch.zeros_like(deltas[0])
+    for delta, decay in zip(deltas.flip(0).unbind(), decays.flip(0).unbind()):  # from the last step to the first
+        advantage = torch.addcmul(delta, decay, advantage)
+        advantages.append(advantage)
+    return torch.stack(advantages[::-1])
 
 
 def target_ratio(median_advantages, epsilon, temperature):
@@ -361,16 +361,19 @@ def ratio_metrics(agent, batch, args):
     }
 
 
-def update(agent, optimizer, batch, args):
+def update(agent, optimizer, batch, args, reevaluate=None):
     """Fits policy and critics to one rollout; returns the metrics, scalars.
 
-    `batch` holds obs (B, …), actions (B, …), logprobs, values, advantages and returns (B,). FloatingPointError names the first
-    term that is not finite.
+    `batch` holds obs (B, …), actions (B, …), logprobs, values, advantages and returns (B,); before each epoch but the first
+    `reevaluate()`, if there is one, gives the last three anew. FloatingPointError names the first term that is not finite.
     """
     gradient = optimizer.param_groups[0]["params"][0].grad  # of all weights, see flatten_parameters
     names, coefs = zip(*loss_coefficients(args).items())
     coefs, history = torch.tensor(coefs, device=gradient.device), []
-    for _ in range(args.update_epochs):
+    explained_variance = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
+    for epoch in range(args.update_epochs):
+        if epoch and reevaluate:
+            batch = batch | reevaluate()
         shuffle = torch.randperm(len(batch["obs"]))
         shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
         for minibatch in zip(*shuffled):
@@ -386,7 +389,7 @@ def update(agent, optimizer, batch, args):
     metrics = dict(zip(names, history.mean(0))) | ratio_metrics(agent, batch, args)
     if not metrics["approx_kl"].isfinite():
         raise FloatingPointError("the ratio is not finite")
-    return metrics | {"explained_variance": 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()}
+    return metrics | {"explained_variance": explained_variance}
 
 
 # Run folder -----------------------------------------------------------------------------------------------------------

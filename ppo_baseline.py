@@ -55,6 +55,7 @@ class Args:
     num_steps: int = 2048  # steps in each environment per rollout
     num_minibatches: int = 32  # minibatches per epoch
     update_epochs: int = 10  # passes over each rollout
+    reevaluate: bool = False  # compute values, advantages and returns anew before each pass
     learning_rate: float = 3e-4  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.99  # discount γ
@@ -315,11 +316,23 @@ def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """
     deltas = rewards + gamma * (1 - terminations) * next_values - values
     decays = gamma * gae_lambda * (1 - dones)
-    advantages, advantage = torch.empty_like(deltas), torch.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):
-        advantage = deltas[t] + decays[t] * advantage
-        advantages[t] = advantage
-    return advantages
+    advantages, advantage = [], torch.zeros_like(deltas[0])
+    for delta, decay in zip(deltas.flip(0).unbind(), decays.flip(0).unbind()):  # from the last step to the first
+        advantage = torch.addcmul(delta, decay, advantage)
+        advantages.append(advantage)
+    return torch.stack(advantages[::-1])
+
+
+@torch.no_grad()
+def estimate_returns(agent, rollout, args):
+    """V(s), GAE(λ) advantages and returns R̂ = A + V of a rollout's steps, with the critic as it is: a dict of (T·N,).
+
+    `rollout` holds normalised obs and next_obs (T, N, D) and `gae`'s rewards, terminations and dones (T, N).
+    """
+    values, next_values = agent.get_value(rollout["obs"]), agent.get_value(rollout["next_obs"])
+    ends = rollout["terminations"], rollout["dones"]
+    advantages = gae(rollout["rewards"], values, next_values, *ends, args.gamma, args.gae_lambda)
+    return {"values": values.flatten(), "advantages": advantages.flatten(), "returns": (advantages + values).flatten()}
 
 
 def ppo_loss(ratio, advantages, clip_coef):
@@ -363,16 +376,19 @@ def ratio_metrics(agent, batch, args):
     }
 
 
-def update(agent, optimizer, batch, args):
+def update(agent, optimizer, batch, args, reevaluate=None):
     """Fits policy and critics to one rollout; returns the metrics, scalars.
 
-    `batch` holds obs (B, …), actions (B, …), logprobs, values, advantages and returns (B,). FloatingPointError names the first
-    term that is not finite.
+    `batch` holds obs (B, …), actions (B, …), logprobs, values, advantages and returns (B,); before each epoch but the first
+    `reevaluate()`, if there is one, gives the last three anew. FloatingPointError names the first term that is not finite.
     """
     gradient = optimizer.param_groups[0]["params"][0].grad  # of all weights, see flatten_parameters
     names, coefs = zip(*loss_coefficients(args).items())
     coefs, history = torch.tensor(coefs, device=gradient.device), []
-    for _ in range(args.update_epochs):
+    explained_variance = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
+    for epoch in range(args.update_epochs):
+        if epoch and reevaluate:
+            batch = batch | reevaluate()
         shuffle = torch.randperm(len(batch["obs"]))
         shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
         for minibatch in zip(*shuffled):
@@ -388,7 +404,7 @@ def update(agent, optimizer, batch, args):
     metrics = dict(zip(names, history.mean(0))) | ratio_metrics(agent, batch, args)
     if not metrics["approx_kl"].isfinite():
         raise FloatingPointError("the ratio is not finite")
-    return metrics | {"explained_variance": 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()}
+    return metrics | {"explained_variance": explained_variance}
 
 
 # Run folder -----------------------------------------------------------------------------------------------------------
@@ -624,19 +640,17 @@ def train(args):
         scaled_rewards = torch.from_numpy(rewards).float()
         if args.norm_reward:
             scaled_rewards = (scaled_rewards * agent.return_rms.scale.float()).clamp(-10, 10)
-        batch = {"obs": agent.normalize(torch.from_numpy(obs)), "actions": torch.from_numpy(actions)}
+        rollout = {"obs": agent.normalize(torch.from_numpy(obs)), "next_obs": agent.normalize(torch.from_numpy(final_obs))}
+        rollout |= {"rewards": scaled_rewards, "terminations": torch.from_numpy(terminations).float()}
+        rollout["dones"] = torch.from_numpy(terminations | truncations).float()
+        batch = {"obs": rollout["obs"], "actions": torch.from_numpy(actions)}
         with torch.no_grad():
             batch["logprobs"] = agent.log_prob(batch["obs"], batch["actions"])
-            batch["values"] = agent.get_value(batch["obs"])
-            next_values = agent.get_value(agent.normalize(torch.from_numpy(final_obs)))
-        dones = torch.from_numpy(terminations | truncations).float()
-        terminated = torch.from_numpy(terminations).float()
-        batch["advantages"] = gae(scaled_rewards, batch["values"], next_values, terminated, dones, args.gamma, args.gae_lambda)
-        batch["returns"] = batch["advantages"] + batch["values"]
-        batch = {key: tensor.flatten(0, 1) for key, tensor in batch.items()}
+        estimate = partial(estimate_returns, agent, rollout, args)
+        batch = {key: tensor.flatten(0, 1) for key, tensor in batch.items()} | estimate()
 
         try:
-            metrics = update(agent, optimizer, batch, args)
+            metrics = update(agent, optimizer, batch, args, estimate if args.reevaluate else None)
         except FloatingPointError as error:
             sys.exit(f"{SCRIPT}: stopped at step {global_step}: {error}. {run_dir} keeps the last good checkpoint")
         if iteration > 1:

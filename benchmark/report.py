@@ -252,13 +252,31 @@ def replace_block(path, name, text):
     path.write_text(re.sub(pattern, lambda match: f"{match[1]}{text}\n{match[2]}", page, flags=re.DOTALL))
 
 
+def rebuild():
+    """Fills the blocks of docs/results.md and README.md and draws their figures."""
+    matrix = {name: BENCHMARK / f"{name}.toml" for name in ("mujoco", "paper", "screening", "search", "ablations", "epochs")}
+    page, readme = DOCS / "results.md", DOCS.parent / "README.md"
+    proof = read_results(matrix["mujoco"], matrix["paper"])
+    draw_curves(proof, DOCS / "results" / "curves.png")
+    replace_block(page, "returns", returns_table(proof))
+    for name, results in (("all", proof.only()), ("paper", proof.only(*tomllib.loads(matrix["paper"].read_text())["tasks"]))):
+        draw_aggregates(results, DOCS / "results" / f"aggregates_{name}.png")
+        replace_block(page, f"aggregates {name}", aggregates_table(results))
+    replace_block(readme, "returns", returns_table(proof))
+    screening = read_results(matrix["screening"]).only()
+    replace_block(page, "screening", search_table(screening))
+    replace_block(page, "changes", changes_table(screening, tomllib.loads(matrix["screening"].read_text())["changes"]))
+    replace_block(page, "search", search_table(read_results(matrix["search"]).only()))
+
+
 def main():
     args = tyro.cli(Args)
-    if args.matrix:
-        results = read_results(args.matrix)
-        print(returns_table(results))
-        if args.output:
-            draw_curves(results, args.output)
+    if not args.matrix:
+        return rebuild()
+    results = read_results(args.matrix)
+    print(returns_table(results))
+    if args.output:
+        draw_curves(results, args.output)
 
 
 if __name__ == "__main__":

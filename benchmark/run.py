@@ -1,6 +1,6 @@
 """Runs a matrix of arms × tasks × seeds, one core a run, and leaves a small CSV file for each.
 
-    python benchmark/run.py benchmark/first_look.toml --jobs 2 --time-limit 150m
+    python benchmark/run.py benchmark/mujoco.toml benchmark/paper.toml --jobs 2 --time-limit 150m
 
 Interrupt it at will, or let the time limit do so: finished runs are never repeated, and unfinished ones are resumed. A cluster
 shares a matrix out by `--shard 1/4` … `--shard 4/4`. The matrix is a TOML file:
@@ -40,7 +40,7 @@ METRICS = ("approx_kl", "clipfrac")  # of each update, over its whole rollout
 
 @dataclass
 class Args:
-    matrix: tyro.conf.Positional[Path]  # TOML file
+    matrices: tyro.conf.Positional[tuple[Path, ...]]  # TOML files, run one after the other
     jobs: int = os.cpu_count() or 1  # runs at a time
     time_limit: str = ""  # such as 150m or 8h: when it is over, runs save themselves and wait for the next start
     shard: str = "1/1"  # k/n: the k-th of n equal parts of the matrix
@@ -53,6 +53,7 @@ class Run:
     flags: list[str]
     folder: Path  # scratch: holds runs/
     result: Path  # the CSV file
+    total_timesteps: int
 
     def command(self):
         """The command that starts this run, or goes on with it."""
@@ -77,9 +78,7 @@ def load_matrix(path, shard, arms=()):
     try:
         matrix = tomllib.loads(path.read_text())
         k, n = map(int, shard.split("/"))
-        if unknown := set(arms) - set(matrix["arms"]):
-            sys.exit(f"run.py: {path} has no arm {', '.join(unknown)}, but {', '.join(matrix['arms'])}")
-        arms = arms or tuple(matrix["arms"])
+        arms = [arm for arm in matrix["arms"] if arm in arms or not arms]
         combinations = [(seed, task, arm) for seed in matrix["seeds"] for task in matrix["tasks"] for arm in arms]
     except (OSError, tomllib.TOMLDecodeError, KeyError, ValueError) as error:
         sys.exit(f"run.py: can't use {path} with --shard {shard}: {type(error).__name__} {error}")
@@ -89,8 +88,9 @@ def load_matrix(path, shard, arms=()):
         flags = [*shlex.split(matrix["arms"][arm]), "--env-id", task, "--seed", str(seed)]
         flags += ["--total-timesteps", str(matrix["total_timesteps"])]
         folder = ROOT / "benchmark" / "scratch" / path.stem / name
-        runs.append(Run(name, flags, folder, ROOT / "benchmark" / "results" / path.stem / f"{name}.csv"))
-    return runs, matrix["total_timesteps"]
+        runs.append(Run(name, flags, folder, ROOT / "benchmark" / "results" / path.stem / f"{name}.csv",
+                        matrix["total_timesteps"]))  # fmt: skip
+    return runs
 
 
 def processor():
@@ -100,7 +100,7 @@ def processor():
     return platform.processor() or platform.machine()
 
 
-def write_result(run, total_timesteps):
+def write_result(run):
     """Reduces a finished run's episodes.csv to its CSV file, written in one step."""
     (episodes,) = run.folder.glob("runs/*/episodes.csv")
     with open(episodes) as file:
@@ -112,7 +112,7 @@ def write_result(run, total_timesteps):
     buckets = {name: [[] for _ in range(BUCKETS)] for name in columns}
     for name, values in columns.items():
         for step, value in values:
-            buckets[name][min(step * BUCKETS // total_timesteps, BUCKETS - 1)].append(value)
+            buckets[name][min(step * BUCKETS // run.total_timesteps, BUCKETS - 1)].append(value)
     packages = " ".join(f"{name}=={version(name)}" for name in ("torch", "gymnasium", "mujoco", "numpy"))
     lines = [
         f"# python {shlex.join(run.flags)} | python=={platform.python_version()} {packages} | {processor()}",
@@ -121,7 +121,12 @@ def write_result(run, total_timesteps):
     for i, returns in enumerate(buckets["return"]):
         if returns:
             means = (f"{sum(values) / len(values):.5f}" if (values := buckets[name][i]) else "" for name in METRICS)
-            row = (str((i + 1) * total_timesteps // BUCKETS), f"{sum(returns) / len(returns):.2f}", str(len(returns)), *means)
+            row = (
+                str((i + 1) * run.total_timesteps // BUCKETS),
+                f"{sum(returns) / len(returns):.2f}",
+                str(len(returns)),
+                *means,
+            )
             lines.append(",".join(row))
     run.result.parent.mkdir(parents=True, exist_ok=True)
     temporary = run.result.with_suffix(".tmp")
@@ -140,7 +145,11 @@ def start(run, core):
 def main():
     args = tyro.cli(Args)
     deadline = time.monotonic() + seconds(args.time_limit)
-    runs, total_timesteps = load_matrix(args.matrix, args.shard, args.arms)
+    runs = [run for path in args.matrices for run in load_matrix(path, args.shard, args.arms)]
+    if not runs:
+        sys.exit(
+            f"run.py: no run in {', '.join(map(str, args.matrices)) or 'no matrix'} with --arms {' '.join(args.arms) or 'all'}"
+        )
     waiting = [run for run in runs if not run.result.exists()]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
     cores = sorted(os.sched_getaffinity(0))
@@ -166,7 +175,7 @@ def main():
         for process in [process for process in running if process.poll() is not None]:
             run, _ = running.pop(process)
             if process.returncode == 0:
-                write_result(run, total_timesteps)
+                write_result(run)
                 print(f"{time.strftime('%H:%M')} finished {run.name}", flush=True)
             elif process.returncode not in (128 + signal.SIGTERM, -signal.SIGTERM):
                 failed.append(run.name)

@@ -56,9 +56,9 @@ def anneal_epsilon():
     """ε falls linearly to 0, as the learning rate does."""
     update = bpo.update
 
-    def annealed_update(agent, optimizer, batch, args):
+    def annealed_update(agent, optimizer, batch, args, reevaluate=None):
         remaining = optimizer.param_groups[0]["lr"] / args.learning_rate
-        return update(agent, optimizer, batch, replace(args, epsilon=args.epsilon * remaining))
+        return update(agent, optimizer, batch, replace(args, epsilon=args.epsilon * remaining), reevaluate)
 
     bpo.update = annealed_update
 
@@ -68,11 +68,14 @@ def rollout_advantages():
     """A and Ã are those of the rollout and stand still during an update, as in PPO."""
     update, minibatch_losses = bpo.update, bpo.minibatch_losses
 
-    def fixed_update(agent, optimizer, batch, args):
-        with torch.no_grad():
-            _, median_values = agent.get_values(batch["obs"])
-        thresholds = median_values if args.use_median else batch["values"]
-        return update(agent, optimizer, batch | {"median_advantages": batch["returns"] - thresholds}, args)
+    def fixed_update(agent, optimizer, batch, args, reevaluate=None):
+        def with_median(batch):
+            with torch.no_grad():
+                thresholds = agent.get_values(rollout["obs"])[args.use_median]
+            return batch | {"median_advantages": batch["returns"] - thresholds}
+
+        rollout = batch
+        return update(agent, optimizer, with_median(batch), args, reevaluate and (lambda: with_median(reevaluate())))
 
     def fixed_losses(agent, batch, args):
         ratio = torch.exp(agent.log_prob(batch["obs"], batch["actions"]) - batch["logprobs"])
@@ -83,35 +86,6 @@ def rollout_advantages():
         return policy_loss, *minibatch_losses(agent, batch, args)[1:]
 
     bpo.update, bpo.minibatch_losses = fixed_update, fixed_losses
-
-
-@variant
-def reevaluate():
-    """Values, GAE and returns are computed anew, with the critic as it is, before each epoch but the first."""
-    update, gae, get_value = bpo.update, bpo.gae, bpo.Agent.get_value
-    observations, rollout = [], {}
-
-    def recording_get_value(agent, obs):
-        observations[:] = [*observations[-1:], obs]  # of the rollout: those seen, those that followed
-        return get_value(agent, obs)
-
-    def recording_gae(rewards, values, next_values, *ends_and_discounts):
-        rollout.update(rewards=rewards, rest=ends_and_discounts)
-        return gae(rewards, values, next_values, *ends_and_discounts)
-
-    def epochwise_update(agent, optimizer, batch, args):
-        obs, next_obs = observations
-        for epoch in range(args.update_epochs):
-            if epoch:
-                with torch.no_grad():
-                    values, next_values = get_value(agent, obs), get_value(agent, next_obs)
-                advantages = gae(rollout["rewards"], values, next_values, *rollout["rest"]).flatten()
-                values = values.flatten()
-                batch = batch | {"values": values, "advantages": advantages, "returns": values + advantages}
-            metrics = update(agent, optimizer, batch, replace(args, update_epochs=1))
-        return metrics
-
-    bpo.update, bpo.gae, bpo.Agent.get_value = epochwise_update, recording_gae, recording_get_value
 
 
 if __name__ == "__main__":

@@ -40,8 +40,10 @@ def test_a_matrix_is_resumed_after_its_time_limit_and_reported(repository):
     assert results == ["mean__Pendulum-v1__1.csv", "small__Pendulum-v1__1.csv"]
     assert len(list(repository.glob("benchmark/scratch/short/small__Pendulum-v1__1/runs/*"))) == 1  # resumed, not repeated
     lines = (repository / "benchmark/results/short/small__Pendulum-v1__1.csv").read_text().splitlines()
+    shares = [float(share) for line in lines[2:] if (share := line.split(",")[4])]
+    assert shares and all(0 <= share <= 1 for share in shares)
     assert lines[0].startswith("# python bpo_continuous.py --num-steps 512") and "torch==" in lines[0]
-    assert lines[1] == "step,return,episodes" and sum(int(line.split(",")[2]) for line in lines[2:]) == 20
+    assert lines[1] == "step,return,episodes,approx_kl,clipfrac" and sum(int(line.split(",")[2]) for line in lines[2:]) == 20
     again = run(repository, "benchmark/run.py", "short.toml")
     assert "2 runs, 2 finished before" in again.stdout
 
@@ -49,7 +51,16 @@ def test_a_matrix_is_resumed_after_its_time_limit_and_reported(repository):
     assert "| Pendulum-v1 | -" in report.stdout and (repository / "short.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("flags", [["nowhere.toml"], ["short.toml", "--time-limit", "soon"], ["short.toml", "--shard", "a"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["nowhere.toml"],
+        [],
+        ["short.toml", "--arms", "none"],
+        ["short.toml", "--time-limit", "soon"],
+        ["short.toml", "--shard", "a"],
+    ],
+)
 def test_bad_input_is_answered_in_one_line(repository, flags):
     result = run(repository, "benchmark/run.py", *flags)
     assert result.returncode == 1 and result.stderr.count("\n") == 1

@@ -191,6 +191,40 @@ def test_one_update_step_is_that_of_adam_on_the_clipped_gradient(script):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("script", [bpo, ppo])
+def test_estimates_are_made_anew_before_each_epoch_but_the_first(script, monkeypatch):
+    torch.manual_seed(0)
+    args = script.Args(num_minibatches=2, update_epochs=3)
+    agent = script.Agent(4, 2, args)
+    optimizer = torch.optim.Adam([script.flatten_parameters(agent)], lr=1e-2, eps=1e-5, fused=True)
+    rollout = {"obs": torch.randn(8, 4, 4), "next_obs": torch.randn(8, 4, 4), "rewards": torch.randn(8, 4)}
+    rollout |= {"terminations": torch.zeros(8, 4), "dones": torch.zeros(8, 4)}
+    estimates = [script.estimate_returns(agent, rollout, args)]
+    expected = script.gae(*(rollout[key] if key in rollout else agent.get_value(rollout[obs]) for key, obs in
+                            (("rewards", ""), ("V", "obs"), ("V'", "next_obs"), ("terminations", ""), ("dones", ""))),
+                          args.gamma, args.gae_lambda)  # fmt: skip
+    torch.testing.assert_close(estimates[0]["advantages"], expected.flatten())
+    torch.testing.assert_close(estimates[0]["returns"], (expected + agent.get_value(rollout["obs"])).flatten())
+    batch = {"obs": rollout["obs"].flatten(0, 1), "actions": torch.randn(32, 2), "logprobs": torch.full((32,), -3.0)}
+    seen, losses = [], script.minibatch_losses
+
+    def reevaluate():
+        estimates.append(script.estimate_returns(agent, rollout, args))
+        return estimates[-1]
+
+    def spy(agent, minibatch, args):
+        seen.append(minibatch["returns"])
+        return losses(agent, minibatch, args)
+
+    monkeypatch.setattr(script, "minibatch_losses", spy)
+    script.update(agent, optimizer, batch | estimates[0], args, reevaluate)
+    assert len(estimates) == 3 and len(seen) == 6
+    for epoch, estimate in enumerate(estimates):
+        trained_on = torch.cat(seen[2 * epoch : 2 * epoch + 2]).sort().values
+        assert torch.equal(trained_on, estimate["returns"].sort().values)
+    assert not torch.equal(estimates[0]["returns"], estimates[1]["returns"])
+
+
 @pytest.mark.parametrize("use_median", [True, False])
 def test_the_separate_median_head_learns_only_if_it_is_used(use_median):
     args = bpo.Args(median_head="separate", use_median=use_median, num_minibatches=2, update_epochs=1)
