@@ -30,6 +30,7 @@ import random
 import signal
 import sys
 import time
+import warnings
 from collections import Counter, deque
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -209,7 +210,7 @@ class Envs:
     """N simulated robots of either stack, on one device: what actor and critic see, and where episodes ended."""
 
     def __init__(self, env, rl_cfg):
-        self.env, self.groups = env, dict(getattr(rl_cfg, "obs_groups", None) or {})
+        self.env, self.groups = env, rl_cfg.obs_groups if isinstance(rl_cfg.obs_groups, dict) else {}
         base = env.unwrapped
         self.num_envs, self.num_actions, self.max_episode_length = (
             base.num_envs,
@@ -602,13 +603,14 @@ def plot_learning_curve(run_dir, title):
 
 def export_policy(agent, run_dir):
     """Writes exported/policy.pt (TorchScript) and policy.onnx: raw observations (B, D) → mean actions (B, A)."""
-    policy = copy.deepcopy(agent.actor).cpu().eval()
-    example = torch.zeros(1, policy.mean[0].in_features)
-    (run_dir / "exported").mkdir(exist_ok=True)
-    torch.jit.trace(policy, example).save(str(run_dir / "exported" / "policy.pt"))
-    torch.onnx.export(policy, (example,), str(run_dir / "exported" / "policy.onnx"), input_names=["obs"],
-                      output_names=["actions"], dynamic_axes={"obs": {0: "batch"}, "actions": {0: "batch"}},
-                      dynamo=False)  # fmt: skip
+    policy, folder = copy.deepcopy(agent.actor).cpu().eval(), run_dir / "exported"
+    example, batch = torch.zeros(1, policy.mean[0].in_features), {0: "batch"}
+    folder.mkdir(exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both formats are called old, and are what Isaac Lab's tools load
+        torch.jit.trace(policy, example).save(str(folder / "policy.pt"))
+        torch.onnx.export(policy, (example,), str(folder / "policy.onnx"), input_names=["obs"], output_names=["actions"],
+                          dynamic_axes={"obs": batch, "actions": batch}, dynamo=False)  # fmt: skip
 
 
 @torch.no_grad()
