@@ -211,24 +211,18 @@ class Envs:
 
     def __init__(self, env, rl_cfg):
         self.env, self.groups = env, rl_cfg.obs_groups if isinstance(rl_cfg.obs_groups, dict) else {}
-        base = env.unwrapped
-        self.num_envs, self.num_actions, self.max_episode_length = (
-            base.num_envs,
-            base.single_action_space.shape[0],
-            base.max_episode_length,
-        )
+        self.num_envs, self.max_episode_length = env.unwrapped.num_envs, env.unwrapped.max_episode_length
+        self.num_actions = env.unwrapped.single_action_space.shape[0]
 
     def split(self, obs):
         """Observation groups by name → actor's (N, D), critic's (N, D′), which are privileged where the task has such."""
         for name, value in obs.items():
             if value.ndim != 2:
                 sys.exit(f"{SCRIPT}: the observations {name!r} are images {tuple(value.shape[1:])}; this script takes vectors")
-        names = {"actor": ["actor" if "actor" in obs else "policy"]}
-        names["critic"] = ["critic"] if "critic" in obs else names["actor"]
-        names = {
-            key: self.groups[key] if key in self.groups and set(self.groups[key]) <= set(obs) else names[key] for key in names
-        }
-        return tuple(torch.cat([obs[name] for name in names[key]], -1) for key in ("actor", "critic"))
+        groups = {"actor": ["actor"] if "actor" in obs else ["policy"]}
+        groups["critic"] = ["critic"] if "critic" in obs else groups["actor"]
+        groups |= {key: names for key, names in self.groups.items() if set(names) <= set(obs)}
+        return tuple(torch.cat([obs[name] for name in groups[key]], -1) for key in ("actor", "critic"))
 
     def reset(self, random_start=False):
         """Starts all episodes, with `random_start` at different distances from their time limit; returns observations."""
