@@ -184,6 +184,27 @@ def draw_aggregates(results, path, arm="bpo", reference="ppo"):
     save(figure, path)
 
 
+def draw_epochs(results, path):
+    """Return, share of ratios outside the band and KL at the end of training by update epochs, a column a task."""
+    quantities = {"return": "episodic return", "clipfrac": "share of ratios outside 1±ε", "approx_kl": "KL(π₀‖π) of an update"}
+    figure, axes = plt.subplots(3, len(results.tasks), figsize=(4 * len(results.tasks), 8), layout="constrained", squeeze=False)
+    for column, task in zip(axes.T, results.tasks):
+        for axis, (quantity, label) in zip(column, quantities.items()):
+            for loss in dict.fromkeys(arm.split("-")[0] for arm in results.arms):
+                arms = [arm for arm in results.arms if arm.startswith(f"{loss}-") and task in results.arms[arm]]
+                epochs = [int(arm.split("-")[1]) for arm in arms]
+                means, intervals = zip(*(mean_and_interval(results.arms[arm][task][quantity][:, -1]) for arm in arms))
+                errors = np.abs(np.array(intervals).T - means)
+                axis.errorbar(epochs, means, errors, color=COLORS[loss], label=loss, capsize=3, marker="o")
+            axis.set(xscale="log", xticks=epochs, xticklabels=epochs, ylabel=label)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        column[0].set_title(task)
+        column[-1].set_xlabel("update epochs")
+    axes[0, 0].legend()
+    save(figure, path)
+
+
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 

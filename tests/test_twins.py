@@ -17,6 +17,8 @@ SHARED_WITH_ATARI |= {
     "append_episodes",
     "plot_learning_curve",
 }
+SHARED_WITH_ISAACLAB = {"gae", "estimate_returns", "target_ratio", "bpo_loss", "median_loss", "convert", "SCRIPT"}
+SHARED_WITH_ISAACLAB |= {"save_checkpoint", "load_checkpoint", "append_episodes", "plot_learning_curve"}
 LOSSES = {"target_ratio", "bpo_loss", "median_loss", "ppo_loss", "clipped_value_loss"}
 
 
@@ -43,6 +45,12 @@ def test_bpo_atari_shares_loss_update_and_run_folder():
     atari, continuous, ppo = (definitions(script) for script in ("bpo_atari.py", "bpo_continuous.py", "ppo_baseline.py"))
     assert {name for name in set(atari) & set(continuous) if atari[name] == continuous[name]} == SHARED_WITH_ATARI
     assert atari["ppo_loss"] == ppo["ppo_loss"]
+
+
+def test_bpo_isaaclab_shares_loss_and_run_folder():
+    isaac, continuous, ppo = (definitions(script) for script in ("bpo_isaaclab.py", "bpo_continuous.py", "ppo_baseline.py"))
+    assert {name for name in set(isaac) & set(continuous) if isaac[name] == continuous[name]} == SHARED_WITH_ISAACLAB
+    assert all(isaac[name] == ppo[name] for name in ("ppo_loss", "clipped_value_loss"))
 
 
 def test_the_diff_stays_short():

@@ -1,0 +1,825 @@
+"""Bounded Policy Optimization (BPO) for thousands of simulated robots: Isaac Lab 3.0, and mjlab where there is no Isaac Lab.
+
+PPO asks how far a policy may move and clips it there. BPO asks where it should go: of all policies whose ratio
+ρ = π(a|s)/π₀(a|s) to the old policy stays in the band [1−ε, 1+ε], the best is known in closed form. Regress onto it.
+
+    ρ* = 1 + ε·tanh(Ã/(2λ)),   Ã = Q(s,a) − μ(s)                      the best bounded ratio
+    μ  = argmin_u E_{a∼π₀}[ λ·softplus((Q−u)/λ) − ½(Q−u) ]            the soft median of Q, which makes E_{π₀}[ρ*] = 1
+    L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = Q(s,a) − V(s)            the policy loss
+
+Q is the GAE(λ) return of the action taken. Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
+
+    python bpo_isaaclab.py --task Isaac-Humanoid                        trains; all goes into a folder of runs/
+    python bpo_isaaclab.py --task Mjlab-Velocity-Flat-Unitree-G1        the same on mjlab, which needs no asset server
+    python bpo_isaaclab.py --task Isaac-Ant --loss ppo env.episode_length_s=5     PPO in the same loop; an override of the task
+    torchrun --nproc-per-node 2 bpo_isaaclab.py --task Isaac-Humanoid   on two GPUs, each with its own environments
+    python bpo_isaaclab.py --evaluate runs/<run>                        plays what was learned
+
+Networks, steps, epochs, learning rate and all else that a flag doesn't set are the task's own, from its rsl_rl configuration.
+"""
+
+import contextlib
+import copy
+import difflib
+import importlib.util
+import io
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+from collections import Counter, deque
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+
+
+@dataclass
+class Args:
+    task: str = "Isaac-Humanoid"  # id of an Isaac Lab or mjlab task
+    loss: Literal["bpo", "ppo"] = "bpo"  # the loss
+    seed: int = 1  # seed of networks, policy noise and environments
+    total_timesteps: int | None = None  # environment steps in all; none here and below: the task's own
+    num_envs: int = 4096  # parallel environments of each process
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of simulation and networks
+    overrides: tyro.conf.Suppress[tuple[str, ...]] = ()  # of the task's configuration, given as key=value beside the flags
+
+    num_steps: int | None = None  # steps in each environment per rollout
+    num_minibatches: int | None = None  # minibatches per epoch
+    update_epochs: int | None = None  # passes over each rollout
+    reevaluate: bool = False  # compute values, advantages and returns anew before each pass
+    learning_rate: float | None = None  # step size of Adam, at the start if it is adaptive
+    desired_kl: float | None = None  # the learning rate follows this KL(π₀‖π); 0: it stands still
+    gamma: float | None = None  # discount γ
+    gae_lambda: float | None = None  # λ of GAE, the generalised advantage estimator
+    epsilon: float | None = None  # half-width ε of the band the ratio is to stay in; PPO's clip
+    temperature: float = 1e-2  # λ, in returns: advantages well above it ask for the band's edge
+    use_median: bool = True  # threshold at the soft median μ(s); --no-use-median: at the mean V(s), the paper's ablation
+    median_temperature: float = 1.0  # of the median loss; in theory it is λ, the authors have 1
+    online_adv: bool = True  # weight |R̂−V| with the critic as it is; --no-online-adv: the rollout's normalised advantages
+    clip_vloss: bool | None = None  # PPO: clip the change of the value by ε too
+    vf_coef: float | None = None  # coefficient of the value loss (R̂−V)²
+    median_coef: float = 1.0  # coefficient of the median loss
+    ent_coef: float | None = None  # coefficient of the entropy bonus
+    max_grad_norm: float | None = None  # longest gradient, of actor and critic each
+    norm_obs: bool | None = None  # normalise observations by their running mean and variance
+    actor_hidden_dims: tuple[int, ...] | None = None  # widths of the actor's hidden layers
+    critic_hidden_dims: tuple[int, ...] | None = None  # widths of the critic's hidden layers
+    activation: str | None = None  # activation of the hidden layers: elu, relu, tanh, selu, swish, lrelu
+    init_std: float | None = None  # σ of the first policy
+
+    checkpoint_every: int = 50  # iterations between checkpoints
+    eval_episodes: int = 64  # episodes played without noise with --evaluate
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "brrl"  # its project
+    wandb_entity: str | None = None  # its team
+    resume: str | None = None  # run folder to go on with; the configuration is its own
+    evaluate: str | None = None  # run folder whose policy is played; nothing is trained
+
+
+# What the authors changed in the tasks' own settings, by a word of the task's name.
+PAPER = {
+    "": dict(ent_coef=0.0, vf_coef=1.0),
+    "AnymalC": dict(epsilon=0.25),
+    "G1": dict(update_epochs=10, epsilon=0.2),
+    "Go1": dict(update_epochs=10, epsilon=0.3, ent_coef=1e-3),
+    "H1": dict(epsilon=0.2),
+}
+
+
+def stock_settings(rl_cfg, args):
+    """The fields of Args that are None, from a task's rsl_rl configuration (Isaac Lab's and mjlab's have the same names)."""
+    algorithm, actor, critic = rl_cfg.algorithm, rl_cfg.actor, rl_cfg.critic
+    noise = actor.distribution_cfg
+    stock = dict(
+        num_steps=rl_cfg.num_steps_per_env, num_minibatches=algorithm.num_mini_batches,
+        total_timesteps=rl_cfg.max_iterations * rl_cfg.num_steps_per_env * args.num_envs * WORLD_SIZE,
+        update_epochs=algorithm.num_learning_epochs, learning_rate=algorithm.learning_rate,
+        desired_kl=algorithm.desired_kl if algorithm.schedule == "adaptive" else 0.0, gamma=algorithm.gamma,
+        gae_lambda=algorithm.lam, epsilon=algorithm.clip_param, clip_vloss=algorithm.use_clipped_value_loss,
+        vf_coef=algorithm.value_loss_coef, ent_coef=algorithm.entropy_coef, max_grad_norm=algorithm.max_grad_norm,
+        norm_obs=actor.obs_normalization, actor_hidden_dims=tuple(actor.hidden_dims), activation=actor.activation,
+        critic_hidden_dims=tuple(critic.hidden_dims),
+        init_std=noise["init_std"] if isinstance(noise, dict) else noise.init_std,
+    )  # fmt: skip
+    if args.loss == "bpo":
+        for word, row in PAPER.items():
+            stock |= row if word in args.task else {}
+    return replace(args, **{name: value for name, value in stock.items() if getattr(args, name) is None})
+
+
+def check_args(args):
+    """Exits with a line on arguments that can't be."""
+    for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_every", "eval_episodes"):
+        if getattr(args, name) < 1:
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
+    batch_size = args.num_envs * args.num_steps
+    if 2 * args.num_minibatches > batch_size:
+        sys.exit(f"{SCRIPT}: a batch of {batch_size} steps (--num-envs × --num-steps) can't be cut into "
+                 f"{args.num_minibatches} minibatches of at least 2: lower --num-minibatches")  # fmt: skip
+    if args.total_timesteps < batch_size * WORLD_SIZE:
+        sys.exit(f"{SCRIPT}: --total-timesteps {args.total_timesteps} is less than one batch of {batch_size * WORLD_SIZE} "
+                 "steps (--num-envs × --num-steps × processes)")  # fmt: skip
+    if not 0 < args.epsilon < 1:
+        sys.exit(f"{SCRIPT}: --epsilon {args.epsilon} must lie between 0 and 1: the band [1−ε, 1+ε] holds positive ratios")
+    if not args.temperature > 0 or not args.median_temperature > 0:
+        sys.exit(f"{SCRIPT}: --temperature and --median-temperature must be positive; for hard targets take a small one, 1e-6")
+    if args.activation not in ACTIVATIONS:
+        sys.exit(f"{SCRIPT}: --activation {args.activation} is none of {', '.join(ACTIVATIONS)}")
+
+
+# Environment ----------------------------------------------------------------------------------------------------------
+
+
+def require(package, requirements):
+    if importlib.util.find_spec(package) is None:
+        sys.exit(f"{SCRIPT}: {package} is not installed: pip install -r {requirements}")
+
+
+def check_task_name(task, tasks):
+    if task not in tasks:
+        matches = difflib.get_close_matches(task, tasks, cutoff=0.4)
+        sys.exit(f"{SCRIPT}: no task {task!r}. Close: {', '.join(matches) or ', '.join(sorted(tasks)[:5])}")
+
+
+def load_isaaclab(args, launched):
+    """Isaac Lab's environment, with its rsl_rl configuration; `launched` closes the simulation in the end."""
+    if args.task.endswith("-v0"):
+        sys.exit(f"{SCRIPT}: Isaac Lab 3.0 has no versions in its ids: --task {args.task.removesuffix('-v0')}")
+    require("isaaclab", "requirements-isaaclab.txt")
+    import gymnasium as gym
+    from isaaclab.app import launch_simulation  # before isaaclab_tasks
+
+    importlib.import_module("isaaclab_tasks")  # registers the tasks
+    from isaaclab_tasks.utils import parse_env_cfg
+    from isaaclab_tasks.utils.parse_cfg import load_cfg_from_registry
+
+    check_task_name(args.task, {name for name in gym.registry if "rsl_rl_cfg_entry_point" in gym.spec(name).kwargs})
+    env_cfg = parse_env_cfg(args.task, device=args.device, num_envs=args.num_envs, overrides=list(args.overrides))
+    env_cfg.seed, env_cfg.compute_final_obs = args.seed + RANK, True
+    launched.enter_context(launch_simulation(env_cfg, {"visualizer": []}))
+    try:
+        env = gym.make(args.task, cfg=env_cfg)
+    except FileNotFoundError as error:
+        sys.exit(f"{SCRIPT}: the task's assets can't be read ({error}): without the asset server, set ISAACSIM_ASSET_ROOT to a "
+                 "folder that holds them")  # fmt: skip
+    return env, load_cfg_from_registry(args.task, "rsl_rl_cfg_entry_point")
+
+
+def load_mjlab(args):
+    """mjlab's environment, with its rsl_rl configuration."""
+    require("mjlab", "requirements-mjlab.txt")
+    importlib.import_module("mjlab.tasks")  # registers the tasks
+    from mjlab.envs import ManagerBasedRlEnv
+    from mjlab.tasks.registry import list_tasks, load_env_cfg, load_rl_cfg
+
+    check_task_name(args.task, list_tasks())
+    env_cfg = load_env_cfg(args.task)
+    env_cfg.scene.num_envs, env_cfg.seed = args.num_envs, args.seed + RANK
+    for override in args.overrides:
+        path, value = override.removeprefix("env.").split("=", 1)
+        *parents, name = path.split(".")
+        try:
+            target = env_cfg
+            for parent in parents:
+                target = target[parent] if isinstance(target, dict) else getattr(target, parent)
+            kind = type(getattr(target, name))
+        except (AttributeError, KeyError):
+            sys.exit(f"{SCRIPT}: {args.task} has no setting {path}")
+        setattr(target, name, kind(json.loads(value.lower()) if kind in (bool, int, float) else value))
+    return ManagerBasedRlEnv(cfg=env_cfg, device=args.device), load_rl_cfg(args.task)
+
+
+class Envs:
+    """N simulated robots of either stack, on one device: what actor and critic see, and where episodes ended."""
+
+    def __init__(self, env, rl_cfg):
+        self.env, self.groups = env, rl_cfg.obs_groups if isinstance(rl_cfg.obs_groups, dict) else {}
+        self.num_envs, self.max_episode_length = env.unwrapped.num_envs, env.unwrapped.max_episode_length
+        self.num_actions = env.unwrapped.single_action_space.shape[0]
+
+    def split(self, obs):
+        """Observation groups by name → actor's (N, D), critic's (N, D′), which are privileged where the task has such."""
+        for name, value in obs.items():
+            if value.ndim != 2:
+                sys.exit(f"{SCRIPT}: the observations {name!r} are images {tuple(value.shape[1:])}; this script takes vectors")
+        groups = {"actor": ["actor"] if "actor" in obs else ["policy"]}
+        groups["critic"] = ["critic"] if "critic" in obs else groups["actor"]
+        groups |= {key: names for key, names in self.groups.items() if set(names) <= set(obs)}
+        return tuple(torch.cat([obs[name] for name in groups[key]], -1) for key in ("actor", "critic"))
+
+    def reset(self, random_start=False):
+        """Starts all episodes, with `random_start` at different distances from their time limit; returns observations."""
+        obs, _ = self.env.reset()
+        if random_start:
+            lengths = self.env.unwrapped.episode_length_buf
+            self.env.unwrapped.episode_length_buf = torch.randint_like(lengths, high=int(self.max_episode_length))
+        self.actor_obs, self.critic_obs = self.split(obs)
+        return self.actor_obs, self.critic_obs
+
+    def step(self, actions):
+        """Actions (N, A) → actor's and critic's observations, what the critic saw where actions led, rewards, ends, metrics.
+
+        mjlab doesn't give the last observation of an episode; as in rsl_rl the one before stands for it.
+        """
+        obs, rewards, terminations, truncations, extras = self.env.step(actions)
+        actor_obs, critic_obs = self.split(obs)
+        last_obs = self.split(extras["final_obs"])[1] if "final_obs" in extras else self.critic_obs
+        final_obs = torch.where((terminations | truncations)[:, None], last_obs, critic_obs)
+        self.actor_obs, self.critic_obs = actor_obs, critic_obs
+        return actor_obs, critic_obs, final_obs, rewards, terminations, truncations, extras.get("log", {})
+
+
+# Networks -------------------------------------------------------------------------------------------------------------
+
+
+def average(tensor):
+    """The mean of a tensor over all processes, in place."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+        tensor /= WORLD_SIZE
+    return tensor
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all batches of all processes so far (Chan et al., 1979); saved with the weights, but not trained."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, batch):
+        """Takes in a batch (B, *shape)."""
+        batch = batch.double()
+        mean, square = average(torch.stack((batch.mean(0), batch.square().mean(0))))
+        size = len(batch) * WORLD_SIZE
+        total, delta = self.count + size, mean - self.mean
+        squares = self.var * self.count + (square - mean**2).clamp(min=0) * size
+        self.var.copy_((squares + delta**2 * self.count * size / total) / total)
+        self.mean.add_(delta * size / total)
+        self.count.copy_(total)
+
+    def forward(self, x):
+        """x (..., *shape) in standard deviations, clipped to ±10."""
+        return ((x - self.mean.float()) * (self.var.float() + 1e-8).rsqrt()).clamp(-10, 10)
+
+
+ACTIVATIONS = {"elu": nn.ELU, "relu": nn.ReLU, "tanh": nn.Tanh, "selu": nn.SELU, "swish": nn.SiLU, "lrelu": nn.LeakyReLU}
+
+
+def mlp(inputs, hidden, outputs, activation):
+    sizes = [inputs, *hidden]
+    layers = [layer for pair in zip(sizes, hidden) for layer in (nn.Linear(*pair), ACTIVATIONS[activation]())]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+
+
+class Actor(nn.Module):
+    """Observations (..., D) → mean actions (..., A); what is exported for deployment."""
+
+    def __init__(self, obs_dim, num_actions, args):
+        super().__init__()
+        self.normalize = RunningMeanStd(obs_dim) if args.norm_obs else nn.Identity()
+        self.mean = mlp(obs_dim, args.actor_hidden_dims, num_actions, args.activation)
+        nn.init.zeros_(self.mean[-1].weight)  # so the first policy is N(0, σ), whatever the observations
+        nn.init.zeros_(self.mean[-1].bias)
+
+    def forward(self, obs):
+        return self.mean(self.normalize(obs))
+
+
+class Agent(nn.Module):
+    """Gaussian actor, and a critic whose two outputs are the mean V and the median μ."""
+
+    def __init__(self, obs_dim, critic_obs_dim, num_actions, args):
+        super().__init__()
+        self.actor = Actor(obs_dim, num_actions, args)
+        self.actor_logstd = nn.Parameter(torch.full((num_actions,), math.log(args.init_std)))
+        self.critic_normalize = RunningMeanStd(critic_obs_dim) if args.norm_obs else nn.Identity()
+        self.critic = mlp(critic_obs_dim, args.critic_hidden_dims, 2, args.activation)
+
+    def parameter_groups(self):
+        """The actor's parameters and the critic's."""
+        return [*self.actor.parameters(), self.actor_logstd], list(self.critic.parameters())
+
+    def distribution(self, obs):
+        """Observations (B, D) → means (B, A), log σ (A,)"""
+        return self.actor(obs), self.actor_logstd
+
+    def get_value(self, obs):
+        """V(s): critic's observations (..., D) → (...)"""
+        return self.critic(self.critic_normalize(obs))[..., 0]
+
+    def get_values(self, obs):
+        """V(s) and μ(s): critic's observations (..., D) → (...), (...)"""
+        return self.critic(self.critic_normalize(obs)).unbind(-1)
+
+
+def log_prob(actions, means, logstd):
+    """log N(actions; means, exp(logstd)): (..., A), (..., A), (A,) → (...)"""
+    z = (actions - means) * torch.exp(-logstd)
+    return -0.5 * (z * z).sum(-1) - logstd.sum() - 0.5 * math.log(2 * math.pi) * z.shape[-1]
+
+
+def gaussian_kl(old_means, old_logstd, means, logstd):
+    """KL(N₀‖N) = Σ_a log(σ/σ₀) + (σ₀² + (m₀−m)²)/(2σ²) − ½: (B, A), (A,), (B, A), (A,) → (B,)"""
+    variances = (2 * old_logstd).exp() + (old_means - means) ** 2
+    return (logstd - old_logstd + 0.5 * variances * (-2 * logstd).exp() - 0.5).sum(-1)
+
+
+def flatten_parameters(parameters):
+    """Moves weights into one vector, their gradients into another: to average, clip and step is then one operation each."""
+    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    vector.grad = torch.zeros_like(vector)
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, data, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes)):
+        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
+    return vector
+
+
+# Loss -----------------------------------------------------------------------------------------------------------------
+
+
+def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+    """Generalised advantage estimates (Schulman et al., 2016), all arguments and the result (T, N).
+
+    `next_values` are V of the observations the actions led to, before any reset. A termination ends the bootstrap; every
+    end of an episode, by time limit too, ends the trace.
+
+        δ_t = r_t + γ·(1 − terminated_t)·V(s_{t+1}) − V(s_t),   A_t = δ_t + γλ·(1 − done_t)·A_{t+1}
+    """
+    deltas = rewards + gamma * (1 - terminations) * next_values - values
+    decays = gamma * gae_lambda * (1 - dones)
+    advantages, advantage = [], torch.zeros_like(deltas[0])
+    for delta, decay in zip(deltas.flip(0).unbind(), decays.flip(0).unbind()):  # from the last step to the first
+        advantage = torch.addcmul(delta, decay, advantage)
+        advantages.append(advantage)
+    return torch.stack(advantages[::-1])
+
+
+@torch.no_grad()
+def estimate_returns(agent, rollout, args):
+    """V(s), GAE(λ) advantages and returns R̂ = A + V of a rollout's steps, with the critic as it is: a dict of (T·N,).
+
+    `rollout` holds normalised obs and next_obs (T, N, D) and `gae`'s rewards, terminations and dones (T, N).
+    """
+    values, next_values = agent.get_value(rollout["obs"]), agent.get_value(rollout["next_obs"])
+    ends = rollout["terminations"], rollout["dones"]
+    advantages = gae(rollout["rewards"], values, next_values, *ends, args.gamma, args.gae_lambda)
+    return {"values": values.flatten(), "advantages": advantages.flatten(), "returns": (advantages + values).flatten()}
+
+
+def target_ratio(median_advantages, epsilon, temperature):
+    """ρ* = 1 + ε·tanh(Ã/(2λ)), the optimal ratio in the band [1−ε, 1+ε]; any shape (Ao et al., 2026)."""
+    return 1 + epsilon * torch.tanh(median_advantages / (2 * temperature))
+
+
+def bpo_loss(ratio, advantages, median_advantages, epsilon, temperature):
+    """Policy loss E[|A|·|ρ − ρ*|] (Ao et al., 2026): a scalar.
+
+    `ratio` ρ = π_θ/π₀ (B,) carries the gradient; `advantages` A = R̂ − V(s) (B,), whose scale is free, and
+    `median_advantages` Ã = R̂ − μ(s) (B,), in the units of `temperature`, must be detached.
+    """
+    errors = (ratio - target_ratio(median_advantages, epsilon, temperature)).abs()  # |ρ − ρ*|
+    return (advantages.abs() * errors).mean()  # E[|A|·|ρ − ρ*|]
+
+
+def median_loss(returns, median_values, temperature):
+    """Convex loss whose minimiser is the soft median of the returns (Ao et al., 2026): (B,), (B,) → a scalar."""
+    errors = returns - median_values  # Q − u
+    return (F.softplus(errors, beta=1 / temperature) - 0.5 * errors).mean()  # E[λ·softplus((Q−u)/λ) − ½(Q−u)]
+
+
+def ppo_loss(ratio, advantages, clip_coef):
+    """Clipped surrogate −E[min(ρA, clip(ρ, 1−ε, 1+ε)A)] (Schulman et al., 2017): (B,), (B,) → a scalar."""
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)  # clip(ρ, 1−ε, 1+ε)
+    return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # −E[min(ρA, clip(ρ)A)]
+
+
+def clipped_value_loss(values, old_values, returns, clip_coef):
+    """½E[max((V−R̂)², (V₀ + clip(V−V₀, −ε, ε) − R̂)²)], as CleanRL and the authors of PPO: (B,), (B,), (B,) → a scalar."""
+    clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+    return 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square()).mean()
+
+
+def loss_coefficients(args):
+    """Weights of the terms that `minibatch_losses` returns, in its order; the KL is there for the learning rate."""
+    median_coef = args.median_coef * args.use_median * (args.loss == "bpo")
+    return {
+        "policy_loss": 1.0,
+        "value_loss": 2 * args.vf_coef,
+        "median_loss": median_coef,
+        "entropy": -args.ent_coef,
+        "kl": 0.0,
+    }
+
+
+def minibatch_losses(agent, batch, args):
+    """Policy, value and median loss, entropy and KL(π₀‖π) on a minibatch of `update`'s batch: five scalars."""
+    means, logstd = agent.distribution(batch["obs"])
+    ratio = torch.exp(log_prob(batch["actions"], means, logstd) - batch["logprobs"])
+    values, median_values = agent.get_values(batch["critic_obs"])
+    if args.loss == "ppo":
+        policy_loss = ppo_loss(ratio, batch["normalized_advantages"], args.epsilon)
+    else:
+        advantages = (batch["returns"] - values).detach()
+        median_advantages = (batch["returns"] - median_values).detach() if args.use_median else advantages
+        weights = advantages if args.online_adv else batch["normalized_advantages"]
+        policy_loss = bpo_loss(ratio, weights, median_advantages, args.epsilon, args.temperature)
+    value_clip = args.epsilon if args.clip_vloss and args.loss == "ppo" else math.inf
+    value_loss = clipped_value_loss(values, batch["values"], batch["returns"], value_clip)
+    threshold_loss = median_loss(batch["returns"], median_values, args.median_temperature)
+    entropy = (logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
+    with torch.no_grad():
+        kl = gaussian_kl(batch["means"], batch["logstd"][0], means, logstd).mean()
+    return policy_loss, value_loss, threshold_loss, entropy, kl
+
+
+@torch.no_grad()
+def adapt_learning_rate(learning_rate, kl, desired_kl):
+    """Lowers the learning rate, a tensor (), where KL(π₀‖π) is above twice the desired one, raises it below half; in place."""
+    factor = torch.where(kl > 2 * desired_kl, 1 / 1.5, torch.where(kl < desired_kl / 2, 1.5, 1.0))
+    learning_rate.mul_(factor).clamp_(1e-5, 1e-2)
+
+
+def update(agent, optimizer, batch, args, reevaluate=None):
+    """Fits policy and critics to one rollout; returns the metrics, scalars.
+
+    `batch` holds obs, critic_obs (B, D), actions, means, logstd (B, A), logprobs, values, advantages and returns (B,); before
+    each epoch but the first `reevaluate()`, if there is one, gives the last three anew. FloatingPointError names the first term
+    that is not finite.
+    """
+    (actor, critic), learning_rate = optimizer.param_groups[0]["params"], optimizer.param_groups[0]["lr"]
+    names, coefs = zip(*loss_coefficients(args).items())
+    coefs, history = torch.tensor(coefs, device=actor.device), []
+    explained_variance = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
+    for epoch in range(args.update_epochs):
+        if epoch and reevaluate:
+            batch = batch | reevaluate()
+        advantages = batch["advantages"]
+        batch["normalized_advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        shuffle = torch.randperm(len(batch["obs"]), device=actor.device)
+        shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
+        for minibatch in zip(*shuffled):
+            losses = torch.stack(minibatch_losses(agent, dict(zip(batch, minibatch)), args))
+            actor.grad.zero_(), critic.grad.zero_()
+            (coefs @ losses).backward()
+            for vector in (actor, critic):
+                average(vector.grad)
+                vector.grad.mul_((args.max_grad_norm / (vector.grad.norm() + 1e-6)).clamp(max=1.0))
+            losses = average(losses.detach())
+            if args.desired_kl:
+                adapt_learning_rate(learning_rate, losses[-1], args.desired_kl)
+            optimizer.step()
+            history.append(losses)
+    history = torch.stack(history)
+    for _, term in (~history.isfinite()).nonzero()[:1].tolist():
+        raise FloatingPointError(f"{names[term]} is not finite")
+    metrics = dict(zip(names, history.mean(0))) | ratio_metrics(agent, batch, args)
+    if not metrics["approx_kl"].isfinite():
+        raise FloatingPointError("the ratio is not finite")
+    return metrics | {"explained_variance": explained_variance}
+
+
+@torch.no_grad()
+def ratio_metrics(agent, batch, args):
+    """What an update did to the ratios of its rollout: estimates of KL(π₀‖π), share outside the band."""
+    logratio = log_prob(batch["actions"], *agent.distribution(batch["obs"])) - batch["logprobs"]
+    ratio = logratio.exp()
+    return {
+        "old_approx_kl": -logratio.mean(),
+        "approx_kl": (ratio - 1 - logratio).mean(),
+        "clipfrac": ((ratio - 1).abs() > args.epsilon).float().mean(),
+    }
+
+
+# Run folder -----------------------------------------------------------------------------------------------------------
+
+
+def new_run_dir(args):
+    """Makes runs/<task>__<script>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
+    stamp = int(time.time())
+    while True:
+        run_dir = Path("runs") / f"{args.task.replace('/', '-')}__{SCRIPT}__{args.seed}__{stamp}"
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir(parents=True)
+            return run_dir
+        stamp += 1
+
+
+def convert(tree, types, function):
+    """Applies `function` to the leaves of these types in nested dicts, lists and tuples."""
+    if isinstance(tree, dict):
+        return {key: convert(value, types, function) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(convert(value, types, function) for value in tree)
+    return function(tree) if isinstance(tree, types) else tree
+
+
+def save_checkpoint(run_dir, checkpoint):
+    """Replaces the run's checkpoint, made of tensors and plain data, in one step: at any instant a whole one is there."""
+    buffer, temporary = io.BytesIO(), run_dir / "checkpoint.tmp"
+    torch.save(convert(checkpoint, np.ndarray | np.generic, lambda array: torch.from_numpy(np.array(array))), buffer)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, run_dir / "checkpoint.pt")
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(run_dir):
+    """The checkpoint of a run folder of this script; exits with a line if there is none."""
+    path = Path(run_dir) / "checkpoint.pt"
+    if not path.is_file():
+        sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script = checkpoint["script"]
+        args = Args(**checkpoint["args"]) if script == SCRIPT else None
+    except Exception as error:  # damage shows in many ways
+        sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
+    if script != SCRIPT:
+        sys.exit(f"{SCRIPT}: {run_dir} is a run of {script}.py")
+    return checkpoint | {"args": args}
+
+
+def append_episodes(path, size, rows):
+    """Appends to the first `size` bytes of episodes.csv, cutting what an interrupted run left there; returns the new size."""
+    text = "".join(f"{step},{float(score)},{length},{seconds:.1f}\n" for step, score, length, seconds in rows)
+    with open(path, "r+b") as file:
+        file.truncate(size)
+        file.seek(size)
+        file.write(text.encode())
+    return size + len(text)
+
+
+def plot_learning_curve(run_dir, title):
+    """Draws learning_curve.png: every episode's return, and the mean of the last 20."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
+    steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
+    sums, last = np.insert(returns.cumsum(), 0, 0.0), np.arange(1, len(returns) + 1)
+    first = np.maximum(last - 20, 0)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, returns, ".", alpha=0.25, label="episode")
+    axes.plot(steps, (sums[last] - sums[first]) / (last - first), color="tab:blue", label="mean of the last 20 episodes")
+    axes.set(xlabel="environment steps", ylabel="return (undiscounted)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run_dir / "learning_curve.png", dpi=120)
+    plt.close(figure)
+
+
+def export_policy(agent, run_dir):
+    """Writes exported/policy.pt (TorchScript) and policy.onnx: raw observations (B, D) → mean actions (B, A)."""
+    policy, folder = copy.deepcopy(agent.actor).cpu().eval(), run_dir / "exported"
+    example, batch = torch.zeros(1, policy.mean[0].in_features), {0: "batch"}
+    folder.mkdir(exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both formats are called old, and are what Isaac Lab's tools load
+        torch.jit.trace(policy, example).save(str(folder / "policy.pt"))
+        torch.onnx.export(policy, (example,), str(folder / "policy.onnx"), input_names=["obs"], output_names=["actions"],
+                          dynamic_axes={"obs": batch, "actions": batch}, dynamo=False)  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(agent, envs):
+    """Plays the first episode of every environment with mean actions; prints and returns their returns."""
+    obs, _ = envs.reset()
+    returns, over = torch.zeros(envs.num_envs, device=obs.device), torch.zeros(envs.num_envs, dtype=bool, device=obs.device)
+    lengths = torch.zeros_like(returns)
+    while not over.all():
+        obs, _, _, rewards, terminations, truncations, _ = envs.step(agent.actor(obs))
+        returns += rewards * ~over
+        lengths += ~over
+        over |= terminations | truncations
+    print(f"evaluation: {returns.mean():.2f} ± {returns.std(correction=0):.2f} (mean ± std of {envs.num_envs} episodes, "
+          f"mean actions), {lengths.mean():.0f} of {envs.max_episode_length} steps long")  # fmt: skip
+    return returns
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def load_environments(args, launched):
+    """The environments of a task, and `args` with all that the task decides."""
+    env, rl_cfg = load_mjlab(args) if args.task.startswith("Mjlab-") else load_isaaclab(args, launched)
+    launched.callback(env.close)
+    args = stock_settings(rl_cfg, args)
+    check_args(args)
+    return Envs(env, rl_cfg), args
+
+
+def train(args):
+    """Trains, evaluates, exports and draws the learning curve; returns the run folder."""
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    args = replace(checkpoint["args"], resume=args.resume) if checkpoint else args
+    if WORLD_SIZE > 1:
+        cuda = args.device.startswith("cuda")
+        args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device)
+        dist.init_process_group("nccl" if cuda else "gloo")
+    first = RANK == 0  # the process that writes
+    with contextlib.ExitStack() as launched:
+        envs, args = load_environments(args, launched)
+        run_dir = Path(args.resume) if checkpoint else new_run_dir(args) if first else None
+        return train_in(envs, args, checkpoint, run_dir, first)
+
+
+def train_in(envs, args, checkpoint, run_dir, first):
+    if first and not checkpoint:
+        (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2))
+        (run_dir / "episodes.csv").write_text("step,return,length,wall_time\n")
+    if first:
+        print(f"run folder: {run_dir}", flush=True)
+    if args.track and first:
+        import wandb
+
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
+                   id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+
+    iteration = convert(checkpoint["state"], torch.Tensor, torch.Tensor.numpy)["iteration"] if checkpoint else 0
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(args.seed + 1_000 * iteration + RANK)
+    stopped_by = []
+
+    def stop(signum, frame):
+        stopped_by.append(signum)  # the iteration ends and is saved
+        signal.signal(signum, signal.SIG_DFL)  # unless the signal comes again
+
+    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    obs, critic_obs = envs.reset(random_start=True)
+    agent = Agent(obs.shape[1], critic_obs.shape[1], envs.num_actions, args).to(args.device)
+    if checkpoint:
+        agent.load_state_dict(checkpoint["agent"])
+    vectors = [flatten_parameters(parameters) for parameters in agent.parameter_groups()]
+    if WORLD_SIZE > 1:
+        for vector in vectors:
+            dist.broadcast(vector.data, 0)
+    learning_rate = torch.tensor(args.learning_rate, device=args.device)
+    optimizer = torch.optim.Adam(vectors, lr=learning_rate, eps=1e-8, fused=True)
+    batch_size = args.num_envs * args.num_steps * WORLD_SIZE
+    num_iterations = args.total_timesteps // batch_size
+    start_time, csv_size = time.time(), (run_dir / "episodes.csv").stat().st_size if first else 0
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.param_groups[0]["lr"] = learning_rate.copy_(optimizer.param_groups[0]["lr"])
+        state = convert(checkpoint["state"], torch.Tensor, torch.Tensor.numpy)
+        start_time, csv_size = time.time() - state["seconds"], state["csv_size"]
+        if first:
+            print("a simulation can't be saved: new episodes begin")
+
+    def save():
+        state = {"iteration": iteration, "seconds": time.time() - start_time, "csv_size": csv_size}
+        save_checkpoint(run_dir, {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "state": state,
+                                  "optimizer": optimizer.state_dict()})  # fmt: skip
+
+    shape = (args.num_steps, args.num_envs)
+    rollout = {"obs": torch.zeros((*shape, critic_obs.shape[1]), device=args.device)}  # the critic's
+    rollout["next_obs"] = torch.zeros_like(rollout["obs"])
+    rollout |= {name: torch.zeros(shape, device=args.device) for name in ("rewards", "terminations", "dones")}
+    steps = {"obs": torch.zeros((*shape, obs.shape[1]), device=args.device)}  # the actor's
+    steps |= {name: torch.zeros((*shape, envs.num_actions), device=args.device) for name in ("actions", "means", "logstd")}
+    steps["logprobs"] = torch.zeros(shape, device=args.device)
+    episode_return, episode_length = torch.zeros((2, args.num_envs), device=args.device)
+    writer = SummaryWriter(run_dir, purge_step=iteration * batch_size + 1) if first else None
+    recent_returns = deque(maxlen=20)
+    progress = tqdm(total=num_iterations * batch_size, initial=iteration * batch_size, unit=" steps",
+                    disable=None if first else True)  # fmt: skip
+
+    while iteration < num_iterations and not stopped_by:
+        # Rollout. All stays on the device; what the episodes that end have come to is summed there.
+        ended, metric_sums, metric_counts = torch.zeros(3, device=args.device), Counter(), Counter()
+        with torch.no_grad():
+            for step in range(args.num_steps):
+                means, logstd = agent.distribution(obs)
+                actions = means + torch.randn_like(means) * logstd.exp()
+                steps["obs"][step], rollout["obs"][step] = obs, critic_obs
+                steps["actions"][step], steps["means"][step], steps["logstd"][step] = actions, means, logstd
+                steps["logprobs"][step] = log_prob(actions, means, logstd)
+                obs, critic_obs, final_obs, rewards, terminations, truncations, log = envs.step(actions)
+                dones = terminations | truncations
+                rollout["next_obs"][step], rollout["rewards"][step] = final_obs, rewards
+                rollout["terminations"][step], rollout["dones"][step] = terminations, dones
+                episode_return += rewards
+                episode_length += 1
+                ended += torch.stack((episode_return * dones, episode_length * dones, dones.float())).sum(1)
+                episode_return *= ~dones
+                episode_length *= ~dones
+                for name, value in log.items():
+                    metric_sums[name] = metric_sums[name] + value
+                    metric_counts[name] += 1
+        iteration += 1
+        global_step = iteration * batch_size
+
+        # Learn. The statistics of the observations stand still while a rollout is collected and learned from, so that π₀ is
+        # one policy; only the first rollout sets them beforehand, as its policy ignored its input.
+        def update_statistics():
+            if args.norm_obs:
+                agent.actor.normalize.update(steps["obs"].flatten(0, 1))
+                agent.critic_normalize.update(rollout["obs"].flatten(0, 1))
+
+        if iteration == 1:
+            update_statistics()
+        estimate = partial(estimate_returns, agent, rollout, args)
+        batch = {key: tensor.flatten(0, 1) for key, tensor in steps.items()} | estimate()
+        batch["critic_obs"] = rollout["obs"].flatten(0, 1)
+        try:
+            metrics = update(agent, optimizer, batch, args, estimate if args.reevaluate else None)
+        except FloatingPointError as error:
+            sys.exit(f"{SCRIPT}: stopped at step {global_step}: {error}. {run_dir} keeps the last good checkpoint")
+        if iteration > 1:
+            update_statistics()
+
+        # Log and save. A full disk costs records, never the training.
+        total_return, total_length, episodes = (average(ended) * WORLD_SIZE).tolist()
+        if not first:
+            continue
+        rows = []
+        if episodes:
+            recent_returns.append(total_return / episodes)
+            rows = [(global_step, total_return / episodes, round(total_length / episodes), time.time() - start_time)]
+        with contextlib.suppress(OSError):
+            for _, score, length, _ in rows:
+                writer.add_scalar("charts/episodic_return", score, global_step)
+                writer.add_scalar("charts/episodic_length", length, global_step)
+            for name, value in metrics.items():
+                writer.add_scalar(f"losses/{name}", value, global_step)
+            for name, value in metric_sums.items():
+                writer.add_scalar(f"task/{name}", float(value) / metric_counts[name], global_step)
+            writer.add_scalar("charts/learning_rate", learning_rate, global_step)
+            writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
+        try:
+            csv_size = append_episodes(run_dir / "episodes.csv", csv_size, rows)
+            if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stopped_by:
+                save()
+        except OSError as error:
+            tqdm.write(f"{SCRIPT}: not saved at step {global_step} ({error}); training goes on", file=sys.stderr)
+        progress.set_postfix({"return": f"{np.mean(recent_returns):.2f}" if recent_returns else "-"}, refresh=False)
+        progress.update(batch_size)
+
+    progress.close()
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    if not first:
+        return None
+    if stopped_by:
+        print(f"stopped at step {iteration * batch_size}; to go on: python {SCRIPT}.py --resume {run_dir}")
+        sys.exit(128 + stopped_by[0])
+    evaluate(agent, envs)
+    export_policy(agent, run_dir)
+    writer.close()
+    plot_learning_curve(run_dir, f"{args.task}, {SCRIPT} --loss {args.loss}, seed {args.seed}")
+    print(f"learning curve: {run_dir / 'learning_curve.png'}, for deployment: {run_dir / 'exported'}")
+    return run_dir
+
+
+def main():
+    args, overrides = tyro.cli(Args, return_unknown_args=True)
+    if wrong := [text for text in overrides if text.startswith("-") or "=" not in text]:
+        sys.exit(f"{SCRIPT}: {wrong[0]} is no flag of --help, nor an override of the task such as env.episode_length_s=5")
+    if args.resume and (args != Args(resume=args.resume) or overrides):
+        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag")
+    args = replace(args, overrides=tuple(overrides))
+    if args.evaluate:
+        checkpoint = load_checkpoint(args.evaluate)
+        settings = replace(checkpoint["args"], num_envs=args.eval_episodes, device=args.device)
+        with contextlib.ExitStack() as launched:
+            envs, settings = load_environments(settings, launched)
+            obs, critic_obs = envs.reset()
+            agent = Agent(obs.shape[1], critic_obs.shape[1], envs.num_actions, settings).to(args.device)
+            agent.load_state_dict(checkpoint["agent"])
+            evaluate(agent, envs)
+    else:
+        try:
+            train(args)
+        except OSError as error:
+            sys.exit(f"{SCRIPT}: {error}: is there room and permission to write in {Path('runs').absolute()}?")
+
+
+if __name__ == "__main__":
+    main()

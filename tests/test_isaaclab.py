@@ -1,0 +1,296 @@
+"""bpo_isaaclab.py: its pieces and its loop on a small stand-in, then the real Isaac Lab and mjlab where they are installed."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bpo_isaaclab as bpo
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"num_envs": 32, "num_steps": 8, "update_epochs": 2, "actor_hidden_dims": (16,), "critic_hidden_dims": (16,)}
+
+
+def checkpoint(run_dir):
+    return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)
+
+
+class PointMass:
+    """N points on a line that are paid for being near 0. Episodes are cut after 10 steps, or end where a point is far away."""
+
+    max_episode_length = 10
+
+    def __init__(self, num_envs, final_obs=True):
+        self.num_envs, self.unwrapped, self.has_final_obs = num_envs, self, final_obs
+        self.single_action_space = SimpleNamespace(shape=(1,))
+        self.episode_length_buf = torch.zeros(num_envs, dtype=torch.int64)
+        self.generator = torch.Generator().manual_seed(bpo.RANK)
+        self.rewards = torch.zeros(num_envs)  # a buffer that is used again, as Isaac Lab's are
+
+    def observe(self):
+        return {"policy": self.x.clone()[:, None], "critic": torch.stack((self.x, self.episode_length_buf / 10), 1)}
+
+    def reset(self):
+        self.x = torch.rand(self.num_envs, generator=self.generator) * 2 - 1
+        self.episode_length_buf.zero_()
+        return self.observe(), {}
+
+    def step(self, actions):
+        self.x = self.x + 0.3 * actions[:, 0].clamp(-1, 1)
+        self.episode_length_buf += 1
+        self.rewards[:] = -self.x.abs()
+        terminated, truncated = self.x.abs() > 2, self.episode_length_buf >= 10
+        extras = {"log": {"distance": self.x.abs().mean()}} | ({"final_obs": self.observe()} if self.has_final_obs else {})
+        done = terminated | truncated
+        self.x = torch.where(done, torch.rand(self.num_envs, generator=self.generator) * 2 - 1, self.x)
+        self.episode_length_buf *= ~done
+        return self.observe(), self.rewards, terminated, truncated, extras
+
+    def close(self):
+        pass
+
+
+def rl_cfg():
+    noise = SimpleNamespace(init_std=0.8)
+    algorithm = SimpleNamespace(num_learning_epochs=4, num_mini_batches=4, learning_rate=1e-3, schedule="adaptive", gamma=0.97,
+                                lam=0.9, entropy_coef=0.005, desired_kl=0.01, max_grad_norm=1.0, value_loss_coef=2.0,
+                                use_clipped_value_loss=True, clip_param=0.2)  # fmt: skip
+    actor = SimpleNamespace(hidden_dims=[64, 32], activation="elu", obs_normalization=True, distribution_cfg=noise)
+    return SimpleNamespace(
+        algorithm=algorithm, actor=actor, critic=actor, num_steps_per_env=16, max_iterations=10, obs_groups=None
+    )
+
+
+def load_point_mass(args, launched, final_obs=True):
+    args = bpo.stock_settings(rl_cfg(), args)
+    bpo.check_args(args)
+    return bpo.Envs(PointMass(args.num_envs, final_obs), rl_cfg()), args
+
+
+@pytest.fixture
+def point_mass(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bpo, "load_environments", load_point_mass)
+
+
+def test_stock_settings_are_the_task_s_the_paper_s_rows_replace_them_and_flags_win():
+    ppo = bpo.stock_settings(rl_cfg(), bpo.Args(loss="ppo", num_envs=8))
+    assert (ppo.num_steps, ppo.update_epochs, ppo.gamma, ppo.gae_lambda, ppo.init_std) == (16, 4, 0.97, 0.9, 0.8)
+    assert (ppo.ent_coef, ppo.vf_coef, ppo.epsilon, ppo.desired_kl, ppo.total_timesteps) == (0.005, 2.0, 0.2, 0.01, 16 * 8 * 10)
+    g1 = bpo.stock_settings(rl_cfg(), bpo.Args(task="Isaac-Velocity-Flat-G1"))
+    assert (g1.update_epochs, g1.epsilon, g1.ent_coef, g1.vf_coef, g1.gamma) == (10, 0.2, 0.0, 1.0, 0.97)
+    go1 = bpo.stock_settings(rl_cfg(), bpo.Args(task="Mjlab-Velocity-Flat-Unitree-Go1", epsilon=0.1))
+    assert (go1.update_epochs, go1.epsilon, go1.ent_coef) == (10, 0.1, 1e-3)
+
+
+def test_kl_and_log_prob_are_those_of_normal_distributions():
+    torch.manual_seed(0)
+    means, other_means, logstd, other_logstd = torch.randn(7, 3), torch.randn(7, 3), torch.randn(3), torch.randn(3)
+    old, new = torch.distributions.Normal(means, logstd.exp()), torch.distributions.Normal(other_means, other_logstd.exp())
+    expected = torch.distributions.kl_divergence(old, new).sum(-1)
+    torch.testing.assert_close(bpo.gaussian_kl(means, logstd, other_means, other_logstd), expected, rtol=1e-4, atol=1e-5)
+    actions = torch.randn(7, 3)
+    torch.testing.assert_close(bpo.log_prob(actions, means, logstd), old.log_prob(actions).sum(-1))
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(0.021, 1 / 1.5), (0.02, 1), (0.005, 1), (0.004, 1.5)])
+def test_the_learning_rate_follows_the_kl_within_its_bounds(kl, factor):
+    rate = torch.tensor(1e-3)
+    bpo.adapt_learning_rate(rate, torch.tensor(kl), 0.01)
+    assert rate.item() == pytest.approx(1e-3 * factor)
+    for _ in range(50):
+        bpo.adapt_learning_rate(rate, torch.tensor(1.0), 0.01)
+    assert rate.item() == pytest.approx(1e-5)
+
+
+def test_running_statistics_are_those_of_all_batches_together():
+    batches = [torch.randn(size, 4) * size + size for size in (3, 50, 7)]
+    statistics = bpo.RunningMeanStd(4)
+    for batch in batches:
+        statistics.update(batch)
+    together = torch.cat(batches).double()
+    torch.testing.assert_close(statistics.mean, together.mean(0))
+    torch.testing.assert_close(statistics.var, together.var(0, correction=0))
+
+
+@pytest.mark.parametrize("final_obs", [True, False])
+def test_a_cut_episode_goes_on_in_the_critic_s_eyes(final_obs):
+    torch.manual_seed(0)
+    envs = bpo.Envs(PointMass(4, final_obs), rl_cfg())
+    obs, critic_obs = envs.reset(random_start=True)
+    assert obs.shape == (4, 1) and critic_obs.shape == (4, 2)
+    seen = 0
+    for _ in range(12):
+        before = critic_obs
+        _, critic_obs, led_to, _, terminations, truncations, _ = envs.step(torch.zeros(4, 1))
+        done = terminations | truncations
+        assert torch.equal(led_to[~done], critic_obs[~done])
+        if final_obs:  # where the point stood, which did not move, and the time that had passed
+            assert torch.equal(led_to[done][:, 0], before[done][:, 0]) and (led_to[done][:, 1] == 1).all()
+        else:
+            assert torch.equal(led_to[done], before[done])
+        seen += int(done.sum())
+    assert seen >= 4
+
+
+@pytest.mark.parametrize(
+    "flags", [{"loss": "bpo"}, {"loss": "ppo"}, {"reevaluate": True, "online_adv": False}, {"use_median": False}]
+)
+def test_it_learns_to_go_to_the_middle(flags, point_mass, capsys):
+    run_dir = bpo.train(bpo.Args(total_timesteps=32 * 8 * 60, **SMALL | flags))
+    score = float(capsys.readouterr().out.split("evaluation: ")[1].split()[0])
+    assert score > -2.0  # standing still gives −5 on average, going straight to the middle about −1
+    rows = (run_dir / "episodes.csv").read_text().splitlines()
+    assert len(rows) > 50 and (run_dir / "learning_curve.png").exists()
+    assert json.loads((run_dir / "config.json").read_text())["gamma"] == 0.97
+
+
+def test_exported_policies_are_the_network(point_mass):
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    from onnx.reference import ReferenceEvaluator
+
+    run_dir = bpo.train(bpo.Args(total_timesteps=32 * 8 * 20, **SMALL))
+    agent = bpo.Agent(1, 2, 1, bpo.stock_settings(rl_cfg(), bpo.Args(**SMALL)))
+    agent.load_state_dict(checkpoint(run_dir)["agent"])
+    obs = torch.linspace(-3, 3, 20)[:, None]
+    expected = agent.actor(obs).detach()
+    assert expected.std() > 0.01
+    torch.testing.assert_close(torch.jit.load(run_dir / "exported" / "policy.pt")(obs), expected)
+    model = ReferenceEvaluator(onnx.load(run_dir / "exported" / "policy.onnx"))
+    torch.testing.assert_close(torch.from_numpy(model.run(None, {"obs": obs.numpy()})[0]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stopped_run_goes_on_and_says_that_episodes_begin_anew(point_mass, capsys):
+    args = bpo.Args(total_timesteps=32 * 8 * 4, checkpoint_every=1, **SMALL)
+    run_dir = bpo.train(args)
+    state = checkpoint(run_dir)
+    state["args"]["total_timesteps"] *= 2
+    bpo.save_checkpoint(run_dir, state)
+    bpo.train(bpo.Args(resume=str(run_dir)))
+    assert "new episodes begin" in capsys.readouterr().out
+    assert checkpoint(run_dir)["state"]["iteration"] == 8
+    steps = [int(row.split(",")[0]) for row in (run_dir / "episodes.csv").read_text().splitlines()[1:]]
+    assert steps == sorted(set(steps)) and steps[-1] == 32 * 8 * 8
+
+
+def test_two_processes_end_with_the_same_weights_and_see_different_episodes(tmp_path):
+    program = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch, bpo_isaaclab as bpo, test_isaaclab as stand_in
+bpo.load_environments = stand_in.load_point_mass
+agents, agent = [], bpo.Agent
+bpo.Agent = lambda *args: agents.append(agent(*args)) or agents[-1]
+bpo.train(bpo.Args(total_timesteps=2 * 32 * 8 * 6, **stand_in.SMALL))
+weights = agents[0].state_dict()
+torch.save(weights | {{"own": torch.rand(1)}}, f"weights{{bpo.RANK}}.pt")
+"""
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517", "program.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    first, second = (torch.load(tmp_path / f"weights{rank}.pt", weights_only=True) for rank in range(2))
+    assert first.pop("own") != second.pop("own")
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert first["actor.normalize.count"] == 2 * 32 * 8 * 6
+
+
+BAD_INPUT = [
+    (["--task", "Isaac-Humanoid-v0"], "--task Isaac-Humanoid"),
+    (["--epsilom", "1"], "--epsilom"),
+    (["nonsense"], "override"),
+    (["--resume", "nowhere"], "nowhere"),
+    (["--resume", "nowhere", "--seed", "3"], "no other flag"),
+    (["--evaluate", "nowhere"], "nowhere"),
+]
+if importlib.util.find_spec("isaaclab") is None:
+    BAD_INPUT.append((["--task", "Isaac-Humanoid"], "pip install -r requirements-isaaclab.txt"))
+if importlib.util.find_spec("mjlab") is None:
+    BAD_INPUT.append((["--task", "Mjlab-Cartpole-Balance"], "pip install -r requirements-mjlab.txt"))
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD_INPUT, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_is_answered_in_one_line(flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bpo_isaaclab.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        bpo.main()
+    assert words in stop.value.code and "\n" not in stop.value.code and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [({"epsilon": 1.5}, "--epsilon"), ({"temperature": 0.0}, "--temperature"), ({"num_minibatches": 999}, "--num-minibatches"),
+     ({"total_timesteps": 9}, "--total-timesteps"), ({"activation": "none"}, "--activation"), ({"num_envs": 0}, "--num-envs")],
+)  # fmt: skip
+def test_impossible_settings_are_answered_in_one_line(flags, words, point_mass):
+    with pytest.raises(SystemExit, match=words):
+        bpo.train(bpo.Args(**SMALL | flags))
+    assert not Path("runs").exists()
+
+
+def test_images_are_refused():
+    with pytest.raises(SystemExit, match="images"):
+        bpo.Envs(PointMass(2), rl_cfg()).split({"policy": torch.zeros(2, 3, 8, 8)})
+
+
+# The real stacks ------------------------------------------------------------------------------------------------------
+
+
+def run_real(tmp_path, *flags, **environment):
+    command = [sys.executable, str(ROOT / "bpo_isaaclab.py"), "--device", "cpu", *map(str, flags)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="session")
+def isaac_assets():
+    if importlib.util.find_spec("isaaclab") is None:
+        pytest.skip("Isaac Lab is not installed (pip install -r requirements-isaaclab.txt on Python 3.12)")
+    from isaaclab_assets_offline import build
+
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "brrl" / "isaac_assets"
+    return {"ISAACSIM_ASSET_ROOT": str(build(folder)), "OMP_NUM_THREADS": "1"}
+
+
+def score(output):
+    return float(output.split("evaluation: ")[1].split()[0])
+
+
+@pytest.mark.parametrize("loss", ["bpo", "ppo"])
+def test_isaac_lab_s_cartpole_is_learned(loss, isaac_assets, tmp_path):
+    flags = ["--task", "Isaac-Cartpole-Direct", "--num-envs", 256, "--total-timesteps", 256 * 16 * 100, "--loss", loss]
+    assert score(run_real(tmp_path, *flags, **isaac_assets)) > 2.0  # at the start it is about −1; upright to the end is 4.9
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    again = run_real(tmp_path, "--evaluate", run_dir, "--eval-episodes", 16, **isaac_assets)
+    assert score(again) > 2.0 and "16 episodes" in again
+
+
+@pytest.mark.parametrize("task", ["Isaac-Ant", "Isaac-Humanoid"])
+def test_isaac_lab_s_walkers_train(task, isaac_assets, tmp_path):
+    flags = ["--task", task, "--num-envs", 16, "--total-timesteps", 16 * 32 * 3, "env.episode_length_s=1"]
+    assert math.isfinite(score(run_real(tmp_path, *flags, **isaac_assets)))
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["actor_hidden_dims"] == [400, 200, 100] and config["num_steps"] == 32
+    assert {path.name for path in (run_dir / "exported").iterdir()} == {"policy.pt", "policy.onnx"}
+
+
+@pytest.mark.parametrize(("task", "num_envs"), [("Mjlab-Cartpole-Balance", 32), ("Mjlab-Velocity-Flat-Unitree-G1", 2)])
+def test_mjlab_trains(task, num_envs, tmp_path):
+    if importlib.util.find_spec("mjlab") is None:
+        pytest.skip("mjlab is not installed (pip install -r requirements-mjlab.txt)")
+    flags = ["--task", task, "--num-envs", num_envs, "--num-steps", 4, "--num-minibatches", 2, "env.episode_length_s=0.5"]
+    assert math.isfinite(score(run_real(tmp_path, *flags, "--total-timesteps", num_envs * 4 * 2)))
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert (run_dir / "exported" / "policy.pt").exists()
