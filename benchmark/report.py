@@ -1,7 +1,7 @@
 """Rebuilds the figures and tables of docs/results.md and README.md from the CSV files that run.py left.
 
     python benchmark/report.py                                                   all of them
-    python benchmark/report.py benchmark/first_look.toml --output curves.png     one matrix: its table, and its curves
+    python benchmark/report.py benchmark/atari.toml --output docs/atari.png     one matrix: its table, and its curves
 
 A curve is a run's mean return per hundredth of its steps, in a running mean over five; its last value is the run's return.
 Lines are means over seeds, bands and brackets 95 % bootstrap intervals of the mean. What is taken over all tasks is rliable's
@@ -43,7 +43,6 @@ class Results:
     total_timesteps: int
     tasks: list[str]
     arms: dict[str, dict[str, dict[str, np.ndarray]]]
-    commands: dict[str, str]
 
     def curves(self, arm, task):
         """Smoothed returns (seeds, 100); None where no run has finished."""
@@ -64,7 +63,7 @@ class Results:
         """The same on some of the tasks, without the arms that have no run on one of them."""
         tasks = [task for task in tasks or self.tasks if any(task in runs for runs in self.arms.values())]
         arms = {arm: runs for arm, runs in self.arms.items() if set(tasks) <= set(runs)}
-        return Results(self.total_timesteps, tasks, arms, self.commands)
+        return Results(self.total_timesteps, tasks, arms)
 
 
 def smooth(curve):
@@ -85,7 +84,7 @@ def read_run(path, total_timesteps):
 
 def read_results(*matrices):
     """The results of one or more matrix files together."""
-    results = Results(0, [], {}, {})
+    results = Results(0, [], {})
     for path in matrices:
         try:
             matrix = tomllib.loads(path.read_text())
@@ -93,8 +92,8 @@ def read_results(*matrices):
             sys.exit(f"report.py: can't read {path}: {error}")
         results.total_timesteps = matrix["total_timesteps"]
         results.tasks += [task for task in matrix["tasks"] if task not in results.tasks]
-        for arm, command in matrix["arms"].items():
-            results.arms[arm], results.commands[arm] = {}, command
+        for arm in matrix["arms"]:
+            results.arms[arm] = {}
             for task in matrix["tasks"]:
                 names = [f"{arm}__{task.replace('/', '-')}__{seed}.csv" for seed in matrix["seeds"]]
                 files = [BENCHMARK / "results" / path.stem / name for name in names]
@@ -129,7 +128,7 @@ def draw_curves(results, path):
         axis.set(title=task, xlabel="environment steps", ylabel="episodic return")
         axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
         axis.grid(alpha=0.3)
-    axes.flat[0].legend()
+    axes.flat[0].legend(loc="upper left")
     for axis in axes.flat[len(results.tasks) :]:
         axis.remove()
     save(figure, path)
@@ -223,7 +222,8 @@ def returns_table(results):
                 cells.append("–")
                 continue
             mean, (low, high) = mean_and_interval(runs[:, -1])
-            cells.append(f"{number(mean)} [{number(low)}, {number(high)}], n={len(runs)}")
+            interval = f" [{number(low)}, {number(high)}]" if len(runs) > 2 else ""
+            cells.append(f"{number(mean)}{interval}, n={len(runs)}")
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -239,16 +239,17 @@ def aggregates_table(results, arm="bpo", reference="ppo"):
     return "\n".join(lines)
 
 
-def search_table(results, reference="ppo"):
-    """Markdown: a row an arm, best first: its command, mean normalised return, and the mean return on each task."""
-    rows = []
-    for arm in results.arms:
-        means = [results.curves(arm, task)[:, -1].mean() for task in results.tasks]
-        scores = results.scores(arm, reference)
-        rows.append((scores.mean(), f"| `{results.commands[arm]}` | {scores.mean():.2f} | {len(scores)} | "
-                     + " | ".join(map(number, means)) + " |"))  # fmt: skip
-    head = [f"| return at {results.total_timesteps:,} steps | normalised | seeds | " + " | ".join(results.tasks) + " |"]
-    return "\n".join([*head, "|---|---|---|" + "---|" * len(results.tasks), *(row for _, row in sorted(rows, reverse=True))])
+def search_table(results):
+    """Markdown: a row an arm, best first: its share of the way from the first policy to a task's best arm, and its returns."""
+    means = {arm: np.array([results.curves(arm, task)[:, -1].mean() for task in results.tasks]) for arm in results.arms}
+    first = np.array([np.mean([results.curves(arm, task)[:, 0].mean() for arm in means]) for task in results.tasks])
+    scores = {arm: np.mean((means[arm] - first) / (np.max(list(means.values()), 0) - first)) for arm in means}
+    lines = [f"| return at {results.total_timesteps:,} steps | score | seeds | " + " | ".join(results.tasks) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(results.tasks))
+    for arm in sorted(means, key=scores.get, reverse=True):
+        seeds = min(len(results.curves(arm, task)) for task in results.tasks)
+        lines.append(f"| {arm} | {scores[arm]:.2f} | {seeds} | " + " | ".join(map(number, means[arm])) + " |")
+    return "\n".join(lines)
 
 
 def changes_table(results, changes, reference="ppo"):
@@ -256,11 +257,16 @@ def changes_table(results, changes, reference="ppo"):
     arms = [arm for arm in results.arms if arm != reference]
     returns = np.array([[results.curves(arm, task)[:, -1].mean() for task in results.tasks] for arm in arms])
     z = (returns - returns.mean(0)) / returns.std(0)
-    lines = ["| change | mean effect | " + " | ".join(results.tasks) + " |", "|---|---|" + "---|" * len(results.tasks)]
+    lines = [
+        "| letter | change | mean effect | " + " | ".join(results.tasks) + " |",
+        "|---|---|---|" + "---|" * len(results.tasks),
+    ]
     for letter, change in changes.items():
         on = np.array([arm != "default" and letter in arm for arm in arms])
         effects = z[on].mean(0) - z[~on].mean(0)
-        lines.append(f"| `{change}` | {effects.mean():+.2f} | " + " | ".join(f"{effect:+.2f}" for effect in effects) + " |")
+        lines.append(
+            f"| {letter} | `{change}` | {effects.mean():+.2f} | " + " | ".join(f"{effect:+.2f}" for effect in effects) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -274,20 +280,27 @@ def replace_block(path, name, text):
 
 
 def rebuild():
-    """Fills the blocks of docs/results.md and README.md and draws their figures."""
-    matrix = {name: BENCHMARK / f"{name}.toml" for name in ("mujoco", "paper", "screening", "search", "ablations", "epochs")}
-    page, readme = DOCS / "results.md", DOCS.parent / "README.md"
+    """Fills the blocks of docs/results.md and README.md and draws their figures, as far as there are results."""
+    matrix = {path.stem: path for path in BENCHMARK.glob("*.toml")}
+    page, readme, figures = DOCS / "results.md", DOCS.parent / "README.md", DOCS / "results"
     proof = read_results(matrix["mujoco"], matrix["paper"])
-    draw_curves(proof, DOCS / "results" / "curves.png")
-    replace_block(page, "returns", returns_table(proof))
-    for name, results in (("all", proof.only()), ("paper", proof.only(*tomllib.loads(matrix["paper"].read_text())["tasks"]))):
-        draw_aggregates(results, DOCS / "results" / f"aggregates_{name}.png")
-        replace_block(page, f"aggregates {name}", aggregates_table(results))
-    replace_block(readme, "returns", returns_table(proof))
+    draw_curves(proof, figures / "curves.png")
+    for path in (page, readme):
+        replace_block(path, "returns", returns_table(proof))
+    for name, tasks in (("all", read_results(matrix["mujoco"]).tasks), ("paper", read_results(matrix["paper"]).tasks)):
+        results = proof.only(*tasks)
+        if results.tasks and {"bpo", "ppo"} <= set(results.arms):
+            draw_aggregates(results, figures / f"aggregates_{name}.png")
+            replace_block(page, f"aggregates {name}", aggregates_table(results))
     screening = read_results(matrix["screening"]).only()
-    replace_block(page, "screening", search_table(screening))
     replace_block(page, "changes", changes_table(screening, tomllib.loads(matrix["screening"].read_text())["changes"]))
-    replace_block(page, "search", search_table(read_results(matrix["search"]).only()))
+    for name in ("screening", "search"):
+        replace_block(page, name, search_table(read_results(matrix[name]).only()))
+    replace_block(page, "median head", returns_table(read_results(matrix["median_head"])))
+    if (ablations := read_results(matrix["ablations"]).only()).tasks:
+        replace_block(page, "ablations", returns_table(ablations))
+    if (epochs := read_results(matrix["epochs"]).only()).tasks:
+        draw_epochs(epochs, figures / "epochs.png")
 
 
 def main():

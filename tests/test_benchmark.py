@@ -1,5 +1,6 @@
 """benchmark/run.py and report.py on a matrix of two short runs."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,16 @@ def test_a_matrix_is_resumed_after_its_time_limit_and_reported(repository):
 
     report = run(repository, "benchmark/report.py", "short.toml", "--output", "short.png")
     assert "| Pendulum-v1 | -" in report.stdout and (repository / "short.png").stat().st_size > 10_000
+
+
+def test_the_committed_pages_are_what_the_committed_results_give(tmp_path):
+    for folder in ("benchmark", "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("scratch"))
+    shutil.copy(ROOT / "README.md", tmp_path)
+    report = run(tmp_path, "benchmark/report.py")
+    assert report.returncode == 0, report.stderr
+    for page in ("README.md", "docs/results.md"):
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text()
 
 
 @pytest.mark.parametrize(
