@@ -1,6 +1,6 @@
 """The peer on Isaac Lab: rsl_rl's PPO, in the same environment, at the task's own settings.
 
-    python benchmark/peer_rsl_rl.py --task Isaac-Ant --seed 1     trains it as `isaaclab train`; leaves the episodes.csv of run.py
+    python benchmark/peer_rsl_rl.py --task Isaac-Ant --seed 1     trains as `isaaclab train` does; leaves an episodes.csv
     python benchmark/peer_rsl_rl.py --speed                       learning time and overhead of collection, ours against theirs
 
 Needs the environment of requirements-isaaclab.txt. For the speed both train in turn in one process and one simulation, the
