@@ -213,6 +213,7 @@ class Envs:
         self.env, self.groups = env, rl_cfg.obs_groups if isinstance(rl_cfg.obs_groups, dict) else {}
         self.num_envs, self.max_episode_length = env.unwrapped.num_envs, env.unwrapped.max_episode_length
         self.num_actions = env.unwrapped.single_action_space.shape[0]
+        self.action_limit = rl_cfg.clip_actions if isinstance(rl_cfg.clip_actions, float | int) else math.inf
 
     def split(self, obs):
         """Observation groups by name → actor's (N, D), critic's (N, D′), which are privileged where the task has such."""
@@ -238,7 +239,7 @@ class Envs:
 
         mjlab doesn't give the last observation of an episode; as in rsl_rl the one before stands for it.
         """
-        obs, rewards, terminations, truncations, extras = self.env.step(actions)
+        obs, rewards, terminations, truncations, extras = self.env.step(actions.clamp(-self.action_limit, self.action_limit))
         actor_obs, critic_obs = self.split(obs)
         last_obs = self.split(extras["final_obs"])[1] if "final_obs" in extras else self.critic_obs
         final_obs = torch.where((terminations | truncations)[:, None], last_obs, critic_obs)

@@ -28,6 +28,7 @@ import time
 import tomllib
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import tyro
@@ -35,6 +36,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKETS = 100
+PACKAGES = ("torch", "gymnasium", "mujoco", "isaaclab", "numpy")  # whose versions a result names
 METRICS = ("approx_kl", "clipfrac")  # of each update, over its whole rollout
 
 
@@ -85,7 +87,7 @@ def load_matrix(path, shard, arms=()):
     runs = []
     for seed, task, arm in combinations[k - 1 :: n]:
         name = f"{arm}__{task.replace('/', '-')}__{seed}"
-        flags = [*shlex.split(matrix["arms"][arm]), "--env-id", task, "--seed", str(seed)]
+        flags = [*shlex.split(matrix["arms"][arm]), matrix.get("task_flag", "--env-id"), task, "--seed", str(seed)]
         flags += ["--total-timesteps", str(matrix["total_timesteps"])]
         folder = ROOT / "benchmark" / "scratch" / path.stem / name
         runs.append(Run(name, flags, folder, ROOT / "benchmark" / "results" / path.stem / f"{name}.csv",
@@ -113,7 +115,7 @@ def write_result(run):
     for name, values in columns.items():
         for step, value in values:
             buckets[name][min(step * BUCKETS // run.total_timesteps, BUCKETS - 1)].append(value)
-    packages = " ".join(f"{name}=={version(name)}" for name in ("torch", "gymnasium", "mujoco", "numpy"))
+    packages = " ".join(f"{name}=={version(name)}" for name in PACKAGES if find_spec(name))
     lines = [
         f"# python {shlex.join(run.flags)} | python=={platform.python_version()} {packages} | {processor()}",
         "step,return,episodes," + ",".join(METRICS),

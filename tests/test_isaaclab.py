@@ -64,7 +64,13 @@ def rl_cfg():
                                 use_clipped_value_loss=True, clip_param=0.2)  # fmt: skip
     actor = SimpleNamespace(hidden_dims=[64, 32], activation="elu", obs_normalization=True, distribution_cfg=noise)
     return SimpleNamespace(
-        algorithm=algorithm, actor=actor, critic=actor, num_steps_per_env=16, max_iterations=10, obs_groups=None
+        algorithm=algorithm,
+        actor=actor,
+        critic=actor,
+        num_steps_per_env=16,
+        max_iterations=10,
+        obs_groups=None,
+        clip_actions=None,
     )
 
 
