@@ -78,7 +78,7 @@ class Args:
     norm_reward: bool = True  # divide rewards by the running standard deviation of their discounted sum
     hidden_size: int = 64  # width of the two hidden layers
     activation: Literal["tanh", "relu"] = "tanh"  # activation of the hidden layers
-    log_std_init: float = -0.5  # log σ of the first policy
+    log_std_init: float = -0.35  # log σ of the first policy
 
     checkpoint_every: int = 10  # iterations between checkpoints
     eval_episodes: int = 10  # episodes played without noise at the end

@@ -13,7 +13,7 @@ Q is the GAE(λ) return of the action taken. Source: Ao et al., Bounded Ratio Re
     python bpo_isaaclab.py --task Mjlab-Velocity-Flat-Unitree-G1        the same on mjlab, which needs no asset server
     python bpo_isaaclab.py --task Isaac-Ant --loss ppo env.episode_length_s=5     PPO in the same loop; an override of the task
     torchrun --nproc-per-node 2 bpo_isaaclab.py --task Isaac-Humanoid   on two GPUs, each with its own environments
-    python bpo_isaaclab.py --evaluate runs/<run>                        plays what was learned
+    python bpo_isaaclab.py --evaluate runs/<run> --capture-video        plays what was learned, and films it (mjlab)
 
 Networks, steps, epochs, learning rate and all else that a flag doesn't set are the task's own, from its rsl_rl configuration.
 """
@@ -86,6 +86,7 @@ class Args:
 
     checkpoint_every: int = 50  # iterations between checkpoints
     eval_episodes: int = 64  # episodes played without noise with --evaluate
+    capture_video: bool = False  # film the evaluation as mp4 into the run folder; mjlab only
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "brrl"  # its project
     wandb_entity: str | None = None  # its team
@@ -162,6 +163,8 @@ def load_isaaclab(args, launched):
     """Isaac Lab's environment, with its rsl_rl configuration; `launched` closes the simulation in the end."""
     if args.task.endswith("-v0"):
         sys.exit(f"{SCRIPT}: Isaac Lab 3.0 has no versions in its ids: --task {args.task.removesuffix('-v0')}")
+    if args.capture_video:
+        sys.exit(f"{SCRIPT}: Isaac Lab can't film without Isaac Sim: leave --capture-video away, or take an Mjlab- task")
     require("isaaclab", "requirements-isaaclab.txt")
     import gymnasium as gym
     from isaaclab.app import launch_simulation  # before isaaclab_tasks
@@ -185,6 +188,8 @@ def load_isaaclab(args, launched):
 def load_mjlab(args):
     """mjlab's environment, with its rsl_rl configuration."""
     require("mjlab", "requirements-mjlab.txt")
+    if args.capture_video and not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
+        os.environ["MUJOCO_GL"] = "egl"  # renders without a screen
     importlib.import_module("mjlab.tasks")  # registers the tasks
     from mjlab.envs import ManagerBasedRlEnv
     from mjlab.tasks.registry import list_tasks, load_env_cfg, load_rl_cfg
@@ -203,7 +208,8 @@ def load_mjlab(args):
         except (AttributeError, KeyError):
             sys.exit(f"{SCRIPT}: {args.task} has no setting {path}")
         setattr(target, name, kind(json.loads(value.lower()) if kind in (bool, int, float) else value))
-    return ManagerBasedRlEnv(cfg=env_cfg, device=args.device), load_rl_cfg(args.task)
+    render_mode = "rgb_array" if args.capture_video else None
+    return ManagerBasedRlEnv(cfg=env_cfg, device=args.device, render_mode=render_mode), load_rl_cfg(args.task)
 
 
 class Envs:
@@ -609,18 +615,25 @@ def export_policy(agent, run_dir):
 
 
 @torch.no_grad()
-def evaluate(agent, envs):
+def evaluate(agent, envs, args, run_dir):
     """Plays the first episode of every environment with mean actions; prints and returns their returns."""
     obs, _ = envs.reset()
     returns, over = torch.zeros(envs.num_envs, device=obs.device), torch.zeros(envs.num_envs, dtype=bool, device=obs.device)
-    lengths = torch.zeros_like(returns)
+    lengths, frames = torch.zeros_like(returns), []
     while not over.all():
         obs, _, _, rewards, terminations, truncations, _ = envs.step(agent.actor(obs))
         returns += rewards * ~over
         lengths += ~over
         over |= terminations | truncations
+        if args.capture_video and len(frames) < 1000:
+            frames.append(envs.env.render())
     print(f"evaluation: {returns.mean():.2f} ± {returns.std(correction=0):.2f} (mean ± std of {envs.num_envs} episodes, "
           f"mean actions), {lengths.mean():.0f} of {envs.max_episode_length} steps long")  # fmt: skip
+    if frames:
+        import imageio
+
+        (run_dir / "videos").mkdir(exist_ok=True)
+        imageio.mimwrite(run_dir / "videos" / "eval.mp4", frames, fps=round(1 / envs.env.step_dt), macro_block_size=1)
     return returns
 
 
@@ -791,7 +804,7 @@ def train_in(envs, args, checkpoint, run_dir, first):
     if stopped_by:
         print(f"stopped at step {iteration * batch_size}; to go on: python {SCRIPT}.py --resume {run_dir}")
         sys.exit(128 + stopped_by[0])
-    evaluate(agent, envs)
+    evaluate(agent, envs, args, run_dir)
     export_policy(agent, run_dir)
     writer.close()
     plot_learning_curve(run_dir, f"{args.task}, {SCRIPT} --loss {args.loss}, seed {args.seed}")
@@ -808,13 +821,14 @@ def main():
     args = replace(args, overrides=tuple(overrides))
     if args.evaluate:
         checkpoint = load_checkpoint(args.evaluate)
-        settings = replace(checkpoint["args"], num_envs=args.eval_episodes, device=args.device)
+        played = dict(num_envs=args.eval_episodes, capture_video=args.capture_video, device=args.device)
+        settings = replace(checkpoint["args"], **played)
         with contextlib.ExitStack() as launched:
             envs, settings = load_environments(settings, launched)
             obs, critic_obs = envs.reset()
             agent = Agent(obs.shape[1], critic_obs.shape[1], envs.num_actions, settings).to(args.device)
             agent.load_state_dict(checkpoint["agent"])
-            evaluate(agent, envs)
+            evaluate(agent, envs, settings, Path(args.evaluate))
     else:
         try:
             train(args)

@@ -214,6 +214,7 @@ BAD_INPUT = [
     (["--task", "Isaac-Humanoid-v0"], "--task Isaac-Humanoid"),
     (["--epsilom", "1"], "--epsilom"),
     (["nonsense"], "override"),
+    (["--capture-video"], "Isaac Sim"),
     (["--resume", "nowhere"], "nowhere"),
     (["--resume", "nowhere", "--seed", "3"], "no other flag"),
     (["--evaluate", "nowhere"], "nowhere"),
@@ -269,6 +270,13 @@ def isaac_assets():
     return {"ISAACSIM_ASSET_ROOT": str(build(folder)), "OMP_NUM_THREADS": "1"}
 
 
+def test_missing_assets_are_one_line(isaac_assets, tmp_path):
+    command = [sys.executable, str(ROOT / "bpo_isaaclab.py"), "--task", "Isaac-Ant", "--num-envs", "2", "--device", "cpu"]
+    environment = os.environ | isaac_assets | {"ISAACSIM_ASSET_ROOT": str(tmp_path / "empty")}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1 and "set ISAACSIM_ASSET_ROOT" in result.stderr.splitlines()[-1]
+
+
 def score(output):
     return float(output.split("evaluation: ")[1].split()[0])
 
@@ -300,3 +308,11 @@ def test_mjlab_trains(task, num_envs, tmp_path):
     assert math.isfinite(score(run_real(tmp_path, *flags, "--total-timesteps", num_envs * 4 * 2)))
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert (run_dir / "exported" / "policy.pt").exists()
+
+
+def test_mjlab_is_filmed_without_a_screen(tmp_path):
+    if importlib.util.find_spec("mjlab") is None:
+        pytest.skip("mjlab is not installed (pip install -r requirements-mjlab.txt)")
+    flags = ["--task", "Mjlab-Cartpole-Balance", "--num-envs", 4, "--num-steps", 4, "--total-timesteps", 16]
+    run_real(tmp_path, *flags, "--capture-video", "env.episode_length_s=0.5")
+    assert list((tmp_path / "runs").glob("*/videos/eval.mp4"))
