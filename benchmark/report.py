@@ -116,7 +116,7 @@ def mean_and_interval(runs):
 
 def draw_curves(results, path):
     """Learning curves, a panel a task."""
-    columns = min(len(results.tasks), 4)
+    columns = 4 if len(results.tasks) > 6 else min(len(results.tasks), 3)
     rows = -(-len(results.tasks) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), layout="constrained", squeeze=False)
     steps = np.arange(1, 101) * results.total_timesteps / 100
