@@ -27,7 +27,9 @@ import matplotlib.pyplot as plt
 BENCHMARK = Path(__file__).resolve().parent
 DOCS = BENCHMARK.parent / "docs"
 SMOOTHING = 5  # hundredths of the run in the running mean
-COLORS = dict(zip(("bpo", "ppo", "sb3", "bpo-paper", "ppo-paper"), plt.get_cmap("tab10").colors))
+COLORS = {"base": plt.get_cmap("tab10").colors[0]} | dict(
+    zip(("bpo", "ppo", "sb3", "ppo-same", "bpo-paper", "ppo-paper"), plt.get_cmap("tab10").colors)
+)
 
 
 @dataclass
@@ -114,7 +116,7 @@ def mean_and_interval(runs):
 
 def draw_curves(results, path):
     """Learning curves, a panel a task."""
-    columns = min(len(results.tasks), 4)
+    columns = 4 if len(results.tasks) > 6 else min(len(results.tasks), 3)
     rows = -(-len(results.tasks) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), layout="constrained", squeeze=False)
     steps = np.arange(1, 101) * results.total_timesteps / 100
@@ -284,14 +286,19 @@ def rebuild():
     matrix = {path.stem: path for path in BENCHMARK.glob("*.toml")}
     page, readme, figures = DOCS / "results.md", DOCS.parent / "README.md", DOCS / "results"
     proof = read_results(matrix["mujoco"], matrix["paper"])
-    draw_curves(proof, figures / "curves.png")
-    for path in (page, readme):
-        replace_block(path, "returns", returns_table(proof))
+    if proof.only().tasks:
+        draw_curves(proof, figures / "curves.png")
+        replace_block(page, "returns", "![Learning curves](results/curves.png)\n\n" + returns_table(proof))
+    found = read_results(matrix["search"])
+    found.arms = {arm: found.arms[arm] for arm in ("base", "ppo", "ppo-same")}
+    draw_curves(found, figures / "search.png")
+    replace_block(readme, "returns", returns_table(found))
     for name, tasks in (("all", read_results(matrix["mujoco"]).tasks), ("paper", read_results(matrix["paper"]).tasks)):
         results = proof.only(*tasks)
         if results.tasks and {"bpo", "ppo"} <= set(results.arms):
             draw_aggregates(results, figures / f"aggregates_{name}.png")
-            replace_block(page, f"aggregates {name}", aggregates_table(results))
+            picture = f"![Interquartile means, probabilities of improvement, profiles](results/aggregates_{name}.png)\n\n"
+            replace_block(page, f"aggregates {name}", picture + aggregates_table(results))
     screening = read_results(matrix["screening"]).only()
     replace_block(page, "changes", changes_table(screening, tomllib.loads(matrix["screening"].read_text())["changes"]))
     for name in ("screening", "search"):
@@ -301,6 +308,7 @@ def rebuild():
         replace_block(page, "ablations", returns_table(ablations))
     if (epochs := read_results(matrix["epochs"]).only()).tasks:
         draw_epochs(epochs, figures / "epochs.png")
+        replace_block(page, "epochs", "![Return, share of ratios outside the band and KL by epochs](results/epochs.png)")
 
 
 def main():
