@@ -112,7 +112,7 @@ class Args:
 
 
 # What the tiny model takes where no flag says otherwise.
-SCRATCH = dict(learning_rate=1e-3, update_epochs=4, total_batches=100, max_new_tokens=1)
+SCRATCH = dict(learning_rate=5e-4, update_epochs=4, total_batches=100, max_new_tokens=1)
 
 
 def check_args(args):
@@ -173,10 +173,9 @@ def group_rewards(completions, example, task, args):
 
 
 def largest_digit_task():
-    """Which is the largest digit of a number of three? Every fifth number is held out."""
-    examples = [{"prompt": f"{n:03}=", "answer": max(f"{n:03}")} for n in range(1000)]
-    held_out, learned = examples[::5], [e for i, e in enumerate(examples) if i % 5]
-    return Task(learned, held_out, lambda answer, example: float(answer == example["answer"]))
+    """Which is the largest digit of a number of three? 200 of the 1000 numbers, drawn once and for all, are held out."""
+    examples = [{"prompt": f"{n:03}=", "answer": max(f"{n:03}")} for n in np.random.default_rng(0).permutation(1000)]
+    return Task(examples[200:], examples[:200], lambda answer, example: float(answer == example["answer"]))
 
 
 def reasoning_gym_task(name, args):
@@ -441,6 +440,8 @@ class Policy(nn.Module):
     def __init__(self, model, ends, args):
         super().__init__()
         self.model, self.args = model, args
+        self.all_finished = bool  # whether all processes' answers are, if this one's are: of importance to FSDP
+        self._no_split_modules = model._no_split_modules  # what FSDP takes apart
         self.register_buffer("ends", ends, persistent=False)
 
     def forward(self, method, *args):
@@ -485,7 +486,7 @@ class Policy(nn.Module):
         given["cache"].batch_repeat_interleave(group_size)
         tokens, positions = torch.tensor([[prompt[-1]] for prompt in prompts], device=device), positions[:, -1:] + 1
         mask, tokens, positions = (tensor.repeat_interleave(group_size, 0) for tensor in (mask, tokens, positions))
-        answers = torch.full((len(tokens), self.args.max_new_tokens), -1, device=device)
+        answers = torch.full((len(tokens) + 1, self.args.max_new_tokens), -1, device=device)  # and one that nobody reads
         alive, entropies = torch.arange(len(tokens), device=device), []
         for step in range(self.args.max_new_tokens):
             mask = F.pad(mask, (0, 1), value=1)
@@ -497,13 +498,16 @@ class Policy(nn.Module):
             tokens = torch.multinomial(probabilities, 1, generator=generator) if temperature else likeliest
             answers[alive, step] = tokens[:, 0]
             unfinished = (~torch.isin(tokens[:, 0], self.ends)).nonzero()[:, 0]
-            if not len(unfinished):
+            if self.all_finished(not len(unfinished)):
                 break
+            if not len(unfinished):  # FSDP needs every process in each pass
+                unfinished, alive = unfinished.new_zeros(1), alive.new_full(alive.shape, len(answers) - 1)
             if len(unfinished) < len(tokens):  # finished answers cost nothing more
                 given["cache"].batch_select_indices(unfinished)
                 mask, positions, tokens, alive = (tensor[unfinished] for tensor in (mask, positions, tokens, alive))
             positions = positions + 1
-        return [[token for token in answer if token >= 0] for answer in answers.tolist()], float(torch.cat(entropies).mean())
+        answers = [[token for token in answer if token >= 0] for answer in answers[:-1].tolist()]
+        return answers, float(torch.cat(entropies).mean())
 
 
 # Loss -----------------------------------------------------------------------------------------------------------------
@@ -675,15 +679,15 @@ def save_checkpoint(run_dir, state, policy, optimizer, accelerator):
     weights, moments = get_state_dict(policy, optimizer, options=STATE_DICT_OPTIONS)
     if not accelerator.is_main_process:
         return
-    named = accelerator.unwrap_model(policy).named_parameters(remove_duplicate=False)
-    trained = {name for name, parameter in named if parameter.requires_grad}
+    named = accelerator.unwrap_model(policy).named_parameters()
+    trained = {name for name, parameter in named if parameter.requires_grad}  # tied weights have one name here
     tensors = {f"model.{name}": tensor for name, tensor in weights.items() if name in trained}
     for name, moment in moments["state"].items():
         tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in moment.items()}
     temporary = run_dir / "checkpoint.tmp"
     try:
-        save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary,
-                  metadata={"state": json.dumps(state)})  # fmt: skip
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, run_dir / "checkpoint.safetensors")
@@ -871,6 +875,8 @@ def train(args):
     first_model = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef and not args.lora_rank else None
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
+    if accelerator.distributed_type == "FSDP":
+        policy.all_finished = lambda finished: accelerator.reduce(torch.tensor(float(finished), device=device)) == world
     policy, optimizer = accelerator.prepare(policy, optimizer)
     reference = partial(first_model, "logprobs") if first_model else partial(policy, "reference_logprobs")
 
@@ -889,7 +895,7 @@ def train(args):
     if main_process:
         count, learned = (sum(p.numel() for p in parameters) for parameters in (policy.parameters(), trained))
         print(f"run folder: {run_dir}\n{args.model_name}: {count:,} weights, {learned:,} of them trained; {args.task}: "
-              f"{len(task.train)} questions to learn from, {len(task.test)} held out", flush=True)  # fmt: skip
+              f"{len(task.train)} questions to learn from, {len(task.test)} to be tested on", flush=True)  # fmt: skip
         if args.track:
             import wandb
 
@@ -911,16 +917,17 @@ def train(args):
         evaluation = evaluate(policy, tokenizer, task, test_prompts, args, accelerator)
         state["evaluations"][str(state["batch"])] = evaluation
         if main_process:
-            print(f"held out, batch {state['batch']}: {describe(evaluation, args)}", flush=True)
+            print(f"test, batch {state['batch']}: {describe(evaluation, args)}", flush=True)
             for name, value in evaluation.items():
                 writer.add_scalar(f"eval/{name}", value, state["batch"])
 
-    if not state["batch"]:
+    if not state["evaluations"]:
+        save()
         evaluate_now()
         save()
     progress = tqdm(total=args.total_batches, initial=state["batch"], unit=" batches", disable=None if main_process else True)
-    rows, group_size = [], args.group_size
-    while state["batch"] < args.total_batches and not stopped_by:
+    rows, group_size, stopping = [], args.group_size, False
+    while state["batch"] < args.total_batches and not stopping:
         # Answers. Each process has its share of the questions, and its own random numbers.
         batch_time = time.time()
         optimizer.param_groups[0]["lr"] = learning_rate(state["batch"], args)
@@ -950,9 +957,7 @@ def train(args):
 
         # Log and save. A full disk costs records, never the training.
         seen = torch.tensor([rewards.sum(), lengths.sum(), len(signal_groups), entropy, float(len(stopped_by))], device=device)
-        reward, tokens, with_signal, entropy, stops = accelerator.reduce(seen).tolist()
-        if stops and not stopped_by:  # all processes stop together
-            stopped_by.append(signal.SIGTERM)
+        reward, tokens, with_signal, entropy, stopping = accelerator.reduce(seen).tolist()  # all processes stop together
         count = args.num_prompts * group_size
         charts = {"reward": reward / count, "answer_length": tokens / count, "entropy": entropy / world,
                   "groups_with_signal": with_signal / args.num_prompts, "learning_rate": optimizer.param_groups[0]["lr"],
@@ -972,7 +977,7 @@ def train(args):
             if main_process:
                 state["csv_size"] = append_episodes(run_dir / "episodes.csv", state["csv_size"], rows)
                 rows.clear()
-            if (state["batch"] % args.checkpoint_every == 0 and not last) or stopped_by:
+            if (state["batch"] % args.checkpoint_every == 0 and not last) or stopping:
                 save()
         except OSError as error:
             tqdm.write(f"{SCRIPT}: not saved at batch {state['batch']} ({error}); training goes on", file=sys.stderr)
@@ -985,10 +990,10 @@ def train(args):
     progress.close()
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
-    if stopped_by:
+    if stopping:
         if main_process:
             print(f"stopped after batch {state['batch']}; to go on: python {SCRIPT}.py --resume {run_dir}")
-        sys.exit(128 + stopped_by[0])
+        sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
     if str(args.total_batches) not in state["evaluations"]:
         evaluate_now()
     save()
@@ -1013,7 +1018,7 @@ def evaluate_run(folder, given):
     prompts = tokenize_prompts(task.test, task.train[: args.few_shot], policy.model, tokenizer, args)
     evaluation = evaluate(policy, tokenizer, task, prompts, args, accelerator)
     if accelerator.is_main_process:
-        print(f"held out: {describe(evaluation, args)} (± standard error, {len(prompts)} questions)")
+        print(f"test: {describe(evaluation, args)} (± standard error, {len(prompts)} questions)")
 
 
 def main():

