@@ -339,6 +339,8 @@ def rebuild():
                 draw_curves(found, figures / f"{name}.png")
                 picture = f"![Reward per batch, mean and interval over seeds](results/{name}.png)\n\n"
             replace_block(page, name, picture + evaluations_table(matrix[name]))
+            if "search" not in name:
+                replace_block(readme, name, evaluations_table(matrix[name]))
     if (epochs := read_results(matrix["epochs"]).only()).tasks:
         draw_epochs(epochs, figures / "epochs.png")
         replace_block(page, "epochs", "![Return, share of ratios outside the band and KL by epochs](results/epochs.png)")
