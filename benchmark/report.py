@@ -139,7 +139,7 @@ def draw_curves(results, path):
         if results.total_timesteps > 10_000:
             axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
         axis.grid(alpha=0.3)
-    axes.flat[0].legend(loc="upper left")
+    axes.flat[0].legend(loc="best")
     for axis in axes.flat[len(results.tasks) :]:
         axis.remove()
     save(figure, path)
