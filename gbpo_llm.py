@@ -15,7 +15,7 @@ Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
     python gbpo_llm.py --model-name smollm2 --lora-rank 16 --task reasoning_gym/chain_sum --few-shot 4    a real model, on a CPU
     python gbpo_llm.py --model-name … --task problems.jsonl --reward majority      the paper's setting, TTRL: no label is read
     torchrun --nproc-per-node 8 gbpo_llm.py …          several devices, by accelerate
-    python gbpo_llm.py --resume runs/<run>             goes on with an interrupted run, to the very same weights
+    python gbpo_llm.py --resume runs/<run>             goes on with an interrupted run; on CPUs, to the very same weights
 
 All goes to runs/<task>__<script>__<seed>__<time>/, the model in Hugging Face's format. `group_rewards` is where to put a reward
 of your own.
@@ -36,7 +36,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +47,6 @@ import torch.nn.functional as F
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -60,10 +59,9 @@ except ImportError as error:
     sys.exit(f"{Path(__file__).stem}: {error}: pip install -r requirements.txt -r requirements-llm.txt")
 
 SCRIPT = Path(__file__).stem
-STATE_DICT_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-warnings.filterwarnings("ignore", module="transformers|peft|torch.distributed")
+warnings.filterwarnings("ignore", module="transformers|peft")
 
 
 @dataclass
@@ -96,9 +94,9 @@ class Args:
 
     lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 trains all weights
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: slower, in less memory
-    tokens_per_microbatch: int = 16384  # tokens in one backward pass, the rest is accumulated; lower it if memory is short
+    tokens_per_microbatch: int = 4096  # tokens in one backward pass, the rest is accumulated; lower it if memory is short
     answers_at_a_time: int = 256  # answers sampled together; lower it if memory is short
-    row_tokens: int = 1024  # answers share their question's computation in rows as long; 0: a row each
+    row_tokens: int = 1024  # answers share their question's computation in rows as long; 0: each has a row, as any model takes
 
     eval_prompts: int = 200  # held-out questions of the evaluation before and after
     eval_samples: int = 4  # answers sampled to each, beside the greedy one; 0: none
@@ -111,8 +109,9 @@ class Args:
     evaluate: str | None = None  # run folder whose model answers the held-out questions; nothing is trained
 
 
-# What the tiny model takes where no flag says otherwise.
-SCRATCH = dict(learning_rate=5e-4, update_epochs=4, total_batches=100, max_new_tokens=1)
+# What the tiny model and its task take where no flag says otherwise.
+SCRATCH = dict(learning_rate=5e-4, update_epochs=4, total_batches=100)
+LARGEST_DIGIT = dict(max_new_tokens=1)
 
 
 def check_args(args):
@@ -123,6 +122,9 @@ def check_args(args):
     for name in (*counts, "answers_at_a_time", "eval_prompts", "sample_every", "checkpoint_every"):
         if getattr(args, name) < 1:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
+    for name in ("few_shot", "lora_rank", "eval_samples", "row_tokens", "kl_coef"):
+        if getattr(args, name) < 0:
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must not be negative")
     if not (args.sampling_temperature > 0 and args.target_temperature > 0):
         sys.exit(f"{SCRIPT}: --sampling-temperature and --target-temperature must be positive")
     if not (0 < args.epsilon_low < 1 and args.epsilon_high > 0):
@@ -140,7 +142,7 @@ class Task:
     train: list[dict]
     test: list[dict]
     score: Callable[[str, dict], float]  # an answer, the question it answers → a reward
-    canonical: Callable[[str], str] = str  # the same text for answers that mean the same, for a vote
+    same: Callable[[str, str], bool] = str.__eq__  # whether two answers mean the same, for a vote
 
 
 def extract_answer(completion):
@@ -166,10 +168,12 @@ def group_rewards(completions, example, task, args):
     answers = [extract_answer(completion) for completion in completions]
     if args.reward == "task":
         return [float(task.score(answer, example)) for answer in answers]
-    votes = [task.canonical(answer) for answer in answers]
-    counts = Counter(vote for vote in votes if vote)
-    truth = counts.most_common(1)[0][0] if counts else None
-    return [float(vote == truth) for vote in votes]
+    votes = {}  # of the first answer of each meaning
+    for answer, count in Counter(answer for answer in answers if answer).items():
+        meaning = next((other for other in votes if task.same(answer, other)), answer)
+        votes[meaning] = votes.get(meaning, 0) + count
+    truth = max(votes, key=votes.get, default=None)
+    return [float(truth is not None and answer != "" and task.same(answer, truth)) for answer in answers]
 
 
 def largest_digit_task():
@@ -200,20 +204,20 @@ def reasoning_gym_task(name, args):
 
 def math_score(answer, example):
     """1 if the answer is mathematically that of the question, by math-verify; else 0."""
+    return float(same_math(example["answer"], answer))
+
+
+def same_math(first, second):
     from math_verify import verify
 
-    return float(verify(parse_math(example["answer"]), parse_math(answer)))
+    return bool(verify(parse_math(first), parse_math(second)))
 
 
+@lru_cache
 def parse_math(text):
     from math_verify import parse
 
     return parse(f"${text}$") or parse(text)
-
-
-def canonical_math(answer):
-    parsed = parse_math(answer)
-    return str(parsed[0]) if parsed else ""
 
 
 def hub_task(name):
@@ -233,7 +237,7 @@ def hub_task(name):
             return {"prompt": e["question"], "answer": e["answer"].split("####")[-1].strip().replace(",", "")}
         return {"prompt": e["problem"], "answer": extract_answer(e["solution"])}
 
-    return Task(*([example(e) for e in data[split]] for split in ("train", "test")), math_score, canonical_math)
+    return Task(*([example(e) for e in data[split]] for split in ("train", "test")), math_score, same_math)
 
 
 def file_task(path, args):
@@ -251,8 +255,8 @@ def file_task(path, args):
     if len(examples) < 2:
         sys.exit(f"{SCRIPT}: {path} has {len(examples)} problems, too few to learn from some and be tested on others")
     if args.reward == "majority":
-        return Task(examples, examples, math_score, canonical_math)
-    return Task([e for i, e in enumerate(examples) if i % 5], examples[::5], math_score, canonical_math)
+        return Task(examples, examples, math_score, same_math)
+    return Task([e for i, e in enumerate(examples) if i % 5], examples[::5], math_score, same_math)
 
 
 def load_task(args):
@@ -280,7 +284,7 @@ def load_task(args):
 
 
 def scratch_model(task):
-    """A Llama of about 76,000 new weights, and a tokenizer of the characters that its task has."""
+    """A Llama of about 75,000 new weights, and a tokenizer of the characters that its task has."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     characters = sorted({c for e in task.train + task.test for c in e["prompt"] + e["answer"]})
@@ -423,25 +427,21 @@ def pack(prompts, answers, group_size, rows, device="cpu"):
     return Rows(*(tensor.to(device) for tensor in tensors), order, mask.to(device))
 
 
-def pad(sequences, side, device):
-    """Token ids → (B, longest) padded with zeros on the left or right, and the mask of what is not padding."""
-    longest = max(map(len, sequences))
-    left = [(longest - len(s) if side == "left" else 0) for s in sequences]
-    tokens, mask = torch.zeros((2, len(sequences), longest), dtype=torch.long)
+def pad_left(sequences, device):
+    """Token ids → (B, longest), padded with zeros before them, and the mask of what is not padding."""
+    tokens, mask = torch.zeros((2, len(sequences), max(map(len, sequences))), dtype=torch.long)
     for i, sequence in enumerate(sequences):
-        tokens[i, left[i] : left[i] + len(sequence)] = torch.tensor(sequence)
-        mask[i, left[i] : left[i] + len(sequence)] = 1
+        tokens[i, -len(sequence) :] = torch.tensor(sequence)
+        mask[i, -len(sequence) :] = 1
     return tokens.to(device), mask.to(device)
 
 
 class Policy(nn.Module):
-    """A causal language model as a policy. All that computes goes through `forward`, so that DDP and FSDP see it."""
+    """A causal language model as a policy. All that computes goes through `forward`, so that DDP sees it."""
 
     def __init__(self, model, ends, args):
         super().__init__()
         self.model, self.args = model, args
-        self.all_finished = bool  # whether all processes' answers are, if this one's are: of importance to FSDP
-        self._no_split_modules = model._no_split_modules  # what FSDP takes apart
         self.register_buffer("ends", ends, persistent=False)
 
     def forward(self, method, *args):
@@ -450,15 +450,19 @@ class Policy(nn.Module):
     def logprobs(self, rows):
         """log π of the answer tokens of `Rows`, at the sampling temperature: (answers, T), zero where their mask is false."""
         segments = rows.segments
-        causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-        question_or_own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+        mask = (segments >= 0).long()
+        if segments.max() > 1:
+            causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+            question_or_own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+            mask = (causal & question_or_own)[:, None]
+
+        def needed(module, inputs):
+            return (inputs[0].flatten(0, 1)[None, rows.sources], *inputs[1:])
+
         # Only the places that predict an answer token go through the output layer.
-        output = self.model.get_output_embeddings()
-        hook = output.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[None, rows.sources], *inputs[1:]))
-        with contextlib.ExitStack() as stack:
-            stack.callback(hook.remove)
-            logits = self.model(input_ids=rows.tokens, attention_mask=(causal & question_or_own)[:, None],
-                                position_ids=rows.positions, use_cache=False).logits[0]  # fmt: skip
+        with self.model.get_output_embeddings().register_forward_pre_hook(needed):
+            given = dict(position_ids=rows.positions, attention_mask=mask, use_cache=False)
+            logits = self.model(input_ids=rows.tokens, **given).logits[0]
         logits = logits.float() if logits.dtype != torch.float64 else logits
         if self.args.sampling_temperature != 1:
             logits = logits / self.args.sampling_temperature
@@ -480,13 +484,13 @@ class Policy(nn.Module):
         """
         device = self.ends.device
         given = dict(cache=DynamicCache(config=self.model.config), use_cache=True, logits_to_keep=1)
-        prefixes, mask = pad([prompt[:-1] for prompt in prompts], "left", device)
+        prefixes, mask = pad_left([prompt[:-1] for prompt in prompts], device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.model(input_ids=prefixes, attention_mask=mask, position_ids=positions, **given)
         given["cache"].batch_repeat_interleave(group_size)
         tokens, positions = torch.tensor([[prompt[-1]] for prompt in prompts], device=device), positions[:, -1:] + 1
         mask, tokens, positions = (tensor.repeat_interleave(group_size, 0) for tensor in (mask, tokens, positions))
-        answers = torch.full((len(tokens) + 1, self.args.max_new_tokens), -1, device=device)  # and one that nobody reads
+        answers = torch.full((len(tokens), self.args.max_new_tokens), -1, device=device)
         alive, entropies = torch.arange(len(tokens), device=device), []
         for step in range(self.args.max_new_tokens):
             mask = F.pad(mask, (0, 1), value=1)
@@ -498,16 +502,24 @@ class Policy(nn.Module):
             tokens = torch.multinomial(probabilities, 1, generator=generator) if temperature else likeliest
             answers[alive, step] = tokens[:, 0]
             unfinished = (~torch.isin(tokens[:, 0], self.ends)).nonzero()[:, 0]
-            if self.all_finished(not len(unfinished)):
+            if not len(unfinished):
                 break
-            if not len(unfinished):  # FSDP needs every process in each pass
-                unfinished, alive = unfinished.new_zeros(1), alive.new_full(alive.shape, len(answers) - 1)
             if len(unfinished) < len(tokens):  # finished answers cost nothing more
                 given["cache"].batch_select_indices(unfinished)
                 mask, positions, tokens, alive = (tensor[unfinished] for tensor in (mask, positions, tokens, alive))
             positions = positions + 1
-        answers = [[token for token in answer if token >= 0] for answer in answers[:-1].tolist()]
-        return answers, float(torch.cat(entropies).mean())
+        return [[token for token in answer if token >= 0] for answer in answers.tolist()], float(torch.cat(entropies).mean())
+
+
+@torch.no_grad()
+def check_rows(policy, prompts, args):
+    """Exits with a line if the model does not keep answers in one row apart, as some kinds of attention do not."""
+    longest, config = max(prompts, key=len), policy.model.config
+    answers = [longest[:32], longest[-32:]]
+    shared, apart = (policy.logprobs(pack([longest], answers, 2, rows, policy.ends.device)) for rows in ([[0, 1]], [[0], [1]]))
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if (shared - apart).abs().max() > 0.1 or len(longest) + args.max_new_tokens > (window or math.inf):
+        sys.exit(f"{SCRIPT}: {args.model_name} can't hold several answers in one row: --row-tokens 0")
 
 
 # Loss -----------------------------------------------------------------------------------------------------------------
@@ -544,14 +556,18 @@ def group_target_ratios(rewards, epsilon_low, epsilon_high, temperature, thresho
 
 
 def log_ratio(logprobs, old_logprobs, mask, level="token"):
-    """log ρ of each token, or of whole answers as the mean over their tokens (GSPO): (B, T) three times → (B, T) or (B, 1)."""
+    """log ρ of each token, with "sequence" the mean over its answer (GSPO): (B, T), (B, T), mask (B, T) → (B, T)."""
     difference = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
-    return difference if level == "token" else difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+    if level == "token":
+        return difference
+    return (difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)).expand(mask.shape)
 
 
-def masked_mean(values, mask):
-    """Mean over what the mask marks, (B, T) both; over answers where there is one value for each, (B, 1)."""
-    return (values * mask).sum() / mask.sum() if values.shape == mask.shape else values.mean()
+def masked_mean(values, mask, level="token"):
+    """Mean over the tokens that the mask marks, with "sequence" over the answers' own means: (B, T), mask (B, T) → a scalar."""
+    if level == "token":
+        return (values * mask).sum() / mask.sum()
+    return ((values * mask).sum(-1) / mask.sum(-1)).mean()
 
 
 def gbpo_loss(logprobs, old_logprobs, advantages, target_ratios, mask, level="token"):
@@ -562,20 +578,20 @@ def gbpo_loss(logprobs, old_logprobs, advantages, target_ratios, mask, level="to
     """
     ratio = log_ratio(logprobs, old_logprobs, mask, level).exp()
     errors = (ratio - target_ratios[:, None]).abs()  # |ρ − ρ*|
-    return masked_mean(advantages[:, None].abs() * errors, mask)  # E[|A|·|ρ − ρ*|]
+    return masked_mean(advantages[:, None].abs() * errors, mask, level)  # E[|A|·|ρ − ρ*|]
 
 
 def grpo_loss(logprobs, old_logprobs, advantages, mask, epsilon_low, epsilon_high, level="token"):
     """PPO's clipped loss E[−min(ρA, clip(ρ, 1−ε_low, 1+ε_high)A)] (Shao et al., 2024); shapes as in `gbpo_loss`."""
     ratio, advantages = log_ratio(logprobs, old_logprobs, mask, level).exp(), advantages[:, None]
     clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-    return masked_mean(-torch.min(ratio * advantages, clipped * advantages), mask)
+    return masked_mean(-torch.min(ratio * advantages, clipped * advantages), mask, level)
 
 
-def kl_loss(logprobs, reference_logprobs, mask):
+def kl_loss(logprobs, reference_logprobs, mask, level="token"):
     """Estimate of KL(π‖reference) from π's samples, never negative (Schulman's k3): (B, T) each → a scalar."""
-    difference = torch.where(mask, reference_logprobs - logprobs, 0.0)
-    return masked_mean(difference.exp() - 1 - difference, mask)
+    difference = torch.where(mask, reference_logprobs - logprobs, 0.0).clamp(-20, 20)
+    return masked_mean(difference.exp() - 1 - difference, mask, level)
 
 
 def microbatch_loss(policy, rows, batch, args):
@@ -593,8 +609,8 @@ def microbatch_loss(policy, rows, batch, args):
         band = args.epsilon_low, args.epsilon_high
         loss = grpo_loss(logprobs, old_logprobs, advantages, rows.mask, *band, args.ratio_level)
     if args.kl_coef:
-        loss = loss + args.kl_coef * kl_loss(logprobs, batch["reference_logprobs"][place], rows.mask)
-    return loss, (logprobs.detach() - old_logprobs)
+        loss = loss + args.kl_coef * kl_loss(logprobs, batch["reference_logprobs"][place], rows.mask, args.ratio_level)
+    return loss, log_ratio(logprobs.detach(), old_logprobs, rows.mask, args.ratio_level)
 
 
 def ratio_sums(logratio, target_ratios, args):
@@ -627,7 +643,9 @@ def update(policy, reference, optimizer, prompts, answers, batch, args, accelera
             batch[name][rows.answers, : rows.mask.shape[1]] = logprobs(rows)
 
     def weight(rows):
-        return 0 if rows is filler else len(rows.answers) if args.ratio_level == "sequence" else len(rows.targets)
+        if rows is filler:
+            return 0
+        return len(rows.targets) if args.ratio_level == "token" else len(rows.answers)
 
     if args.kl_coef:
         fill_in("reference_logprobs", reference)
@@ -674,19 +692,19 @@ def new_run_dir(args):
         stamp += 1
 
 
-def save_checkpoint(run_dir, state, policy, optimizer, accelerator):
+def trained_parameters(policy):
+    """{name: parameter} of what is trained; tied weights have one name."""
+    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
+def save_checkpoint(run_dir, state, policy, optimizer):
     """Replaces checkpoint.safetensors in one step: trained weights, Adam's moments, and `state`, plain data, as metadata."""
-    weights, moments = get_state_dict(policy, optimizer, options=STATE_DICT_OPTIONS)
-    if not accelerator.is_main_process:
-        return
-    named = accelerator.unwrap_model(policy).named_parameters()
-    trained = {name for name, parameter in named if parameter.requires_grad}  # tied weights have one name here
-    tensors = {f"model.{name}": tensor for name, tensor in weights.items() if name in trained}
-    for name, moment in moments["state"].items():
-        tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in moment.items()}
-    temporary = run_dir / "checkpoint.tmp"
+    tensors, temporary = {}, run_dir / "checkpoint.tmp"
+    for name, parameter in trained_parameters(policy).items():
+        moments = optimizer.state.get(parameter, {})
+        tensors |= {f"model.{name}": parameter.detach()} | {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, temporary, metadata={"state": json.dumps(state)})
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -710,20 +728,15 @@ def load_checkpoint(run_dir):
         sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
 
 
-def restore(tensors, policy, optimizer):
+@torch.no_grad()
+def restore(tensors, policy, optimizer=None):
     """Puts the tensors of a checkpoint into the policy, and into the optimizer if there is one."""
-    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    if optimizer is None:
-        set_model_state_dict(policy, weights, options=STATE_DICT_OPTIONS)
-        return
-    moments = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            parameter, key = name.removeprefix("optimizer.").rsplit(".", 1)
-            moments.setdefault(parameter, {})[key] = tensor
-    groups = get_state_dict(policy, optimizer, options=STATE_DICT_OPTIONS)[1]["param_groups"]
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict={"state": moments, "param_groups": groups},
-                   options=STATE_DICT_OPTIONS)  # fmt: skip
+    for name, parameter in trained_parameters(policy).items():
+        parameter.copy_(tensors[f"model.{name}"])
+        prefix = f"optimizer.{name}."
+        moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if optimizer and moments:
+            optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter) for k, v in moments.items()}
 
 
 def append_episodes(path, size, rows):
@@ -837,9 +850,11 @@ def learning_rate(batch, args):
     return args.learning_rate * 0.5 * (1 + math.cos(math.pi * (batch - warmup) / (args.total_batches - warmup)))
 
 
-def prepare(args, accelerator):
-    """Task, tokenizer and policy of a run."""
-    task = load_task(args)
+def prepare(args):
+    """Accelerator, task, tokenizer and policy of a run."""
+    check_args(args)
+    cuda = torch.cuda.is_available()
+    accelerator, task = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no"), load_task(args)
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args, task)
     ends = end_tokens(model, tokenizer, args)
@@ -856,29 +871,32 @@ def prepare(args, accelerator):
     for module in policy.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # the policy that answers is the policy that learns
-    return task, tokenizer, policy
+    return accelerator, task, tokenizer, policy
 
 
 def train(args):
     """Evaluates, trains, evaluates again, saves the model and draws the learning curve; returns the run folder."""
     state, tensors = load_checkpoint(args.resume) if args.resume else (None, None)
     run_dir, args = Path(args.resume or ""), state["args"] if state else args
-    check_args(args)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    accelerator, task, tokenizer, policy = prepare(args)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     main_process = accelerator.is_main_process
     if args.num_prompts % world:
         sys.exit(f"{SCRIPT}: --num-prompts {args.num_prompts} can't be shared out equally among {world} processes")
-    task, tokenizer, policy = prepare(args, accelerator)
     shots, task.train = task.train[: args.few_shot], task.train[args.few_shot :]
     train_prompts, test_prompts = (tokenize_prompts(e, shots, policy.model, tokenizer, args) for e in (task.train, task.test))
+    if args.row_tokens:
+        check_rows(policy, train_prompts, args)
     first_model = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef and not args.lora_rank else None
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    own_policy, trained = policy, trained_parameters(policy).values()  # as they are without DDP
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
-    if accelerator.distributed_type == "FSDP":
-        policy.all_finished = lambda finished: accelerator.reduce(torch.tensor(float(finished), device=device)) == world
+    if state:
+        restore(tensors, policy, optimizer)
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    reference = partial(first_model, "logprobs") if first_model else partial(policy, "reference_logprobs")
+
+    def reference(rows):
+        with accelerator.autocast():
+            return first_model("logprobs", rows) if first_model else policy("reference_logprobs", rows)
 
     if not state:
         state = {"script": SCRIPT, "args": asdict(args), "batch": 0, "seconds": 0.0, "csv_size": 0, "evaluations": {}}
@@ -889,7 +907,6 @@ def train(args):
             state["csv_size"] = (run_dir / "episodes.csv").stat().st_size
     else:
         state["args"] = asdict(args)
-        restore(tensors, policy, optimizer)
     start_time = time.time() - state["seconds"]
     writer = SummaryWriter(run_dir, purge_step=state["batch"] + 1) if main_process else None
     if main_process:
@@ -911,7 +928,8 @@ def train(args):
 
     def save():
         state["seconds"] = time.time() - start_time
-        save_checkpoint(run_dir, state, policy, optimizer, accelerator)
+        if main_process:
+            save_checkpoint(run_dir, state, own_policy, optimizer)
 
     def evaluate_now():
         evaluation = evaluate(policy, tokenizer, task, test_prompts, args, accelerator)
@@ -962,7 +980,6 @@ def train(args):
         charts = {"reward": reward / count, "answer_length": tokens / count, "entropy": entropy / world,
                   "groups_with_signal": with_signal / args.num_prompts, "learning_rate": optimizer.param_groups[0]["lr"],
                   "tokens_per_second": tokens / (time.time() - batch_time)}  # fmt: skip
-        last = state["batch"] == args.total_batches
         rows.append((state["batch"], charts["reward"], f"{charts['answer_length']:.1f}", time.time() - start_time))
         if main_process:
             with contextlib.suppress(OSError):
@@ -977,7 +994,7 @@ def train(args):
             if main_process:
                 state["csv_size"] = append_episodes(run_dir / "episodes.csv", state["csv_size"], rows)
                 rows.clear()
-            if (state["batch"] % args.checkpoint_every == 0 and not last) or stopping:
+            if state["batch"] % args.checkpoint_every == 0 or state["batch"] == args.total_batches or stopping:
                 save()
         except OSError as error:
             tqdm.write(f"{SCRIPT}: not saved at batch {state['batch']} ({error}); training goes on", file=sys.stderr)
@@ -997,10 +1014,9 @@ def train(args):
     if str(args.total_batches) not in state["evaluations"]:
         evaluate_now()
     save()
-    weights = {name.removeprefix("model."): tensor for name, tensor in accelerator.get_state_dict(policy).items()}
     if main_process:
         writer.close()
-        accelerator.unwrap_model(policy).model.save_pretrained(run_dir / "model", state_dict=weights)
+        own_policy.model.save_pretrained(run_dir / "model")
         tokenizer.save_pretrained(run_dir / "model")
         evaluations = {int(step): evaluation for step, evaluation in state["evaluations"].items()}
         plot_learning_curve(run_dir, evaluations, f"{args.task}, {args.model_name}, --loss {args.loss}, seed {args.seed}")
@@ -1008,13 +1024,13 @@ def train(args):
     return run_dir
 
 
-def evaluate_run(folder, given):
-    """Prints what the model of a run folder scores on the held-out questions."""
+def evaluate_run(folder, eval_prompts, eval_samples):
+    """Prints what the model of a run folder scores on the first of its held-out questions."""
     state, tensors = load_checkpoint(folder)
-    args = replace(state["args"], eval_prompts=given.eval_prompts, eval_samples=given.eval_samples)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no")
-    task, tokenizer, policy = prepare(args, accelerator)
-    restore(tensors, policy, None)
+    args = replace(state["args"], eval_samples=eval_samples)
+    accelerator, task, tokenizer, policy = prepare(args)
+    task.test = task.test[:eval_prompts]
+    restore(tensors, policy)
     prompts = tokenize_prompts(task.test, task.train[: args.few_shot], policy.model, tokenizer, args)
     evaluation = evaluate(policy, tokenizer, task, prompts, args, accelerator)
     if accelerator.is_main_process:
@@ -1025,10 +1041,12 @@ def main():
     args = tyro.cli(Args)
     if args.resume and args != Args(resume=args.resume):
         sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag")
-    if args.evaluate:
-        return evaluate_run(args.evaluate, args)
+    played = dict(evaluate=args.evaluate, eval_prompts=args.eval_prompts, eval_samples=args.eval_samples)
+    if args.evaluate and args != Args(**played):
+        sys.exit(f"{SCRIPT}: --evaluate takes the run's own configuration, and --eval-prompts and --eval-samples beside it")
     if args.model_name == "scratch":
-        args = tyro.cli(Args, default=Args(**SCRATCH))  # flags given beside win
+        own = SCRATCH | LARGEST_DIGIT if args.task == "largest_digit" else SCRATCH
+        args = tyro.cli(Args, default=Args(**own))  # flags given beside win
     if args.learning_rate is None:
         args = replace(args, learning_rate=1e-4 if args.lora_rank else 1e-6)
     if args.epsilon_low is None:
@@ -1036,7 +1054,10 @@ def main():
     if args.epsilon_high is None:
         args = replace(args, epsilon_high=args.epsilon_low)
     try:
-        train(args)
+        if args.evaluate:
+            evaluate_run(args.evaluate, args.eval_prompts, args.eval_samples)
+        else:
+            train(args)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             sys.exit(f"{SCRIPT}: out of memory: lower --tokens-per-microbatch (learning), --answers-at-a-time (sampling) or "

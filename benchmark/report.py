@@ -262,7 +262,8 @@ def evaluations_table(path):
             for kind in range(2):
                 before, after = scores[:, :, kind].T
                 mean, (low, high) = mean_and_interval(after - before)
-                cells += [f"{before.mean():.3f} → {after.mean():.3f}", f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"]
+                interval = f" [{low:+.3f}, {high:+.3f}]" if len(files) > 2 else ""
+                cells += [f"{before.mean():.3f} → {after.mean():.3f}", f"{mean:+.3f}{interval}"]
             lines.append(f"| {arm} | " + " | ".join(cells) + f" | {len(files)} |")
     return "\n".join(lines)
 
@@ -329,6 +330,9 @@ def rebuild():
     replace_block(page, "changes", changes_table(screening, tomllib.loads(matrix["screening"].read_text())["changes"]))
     for name in ("screening", "search"):
         replace_block(page, name, search_table(read_results(matrix[name]).only()))
+    if (longer := read_results(matrix["search_long"]).only()).tasks:
+        longer.arms = read_results(matrix["search_long"]).arms
+        replace_block(page, "search_long", returns_table(longer))
     replace_block(page, "median head", returns_table(read_results(matrix["median_head"])))
     if (ablations := read_results(matrix["ablations"]).only()).tasks:
         replace_block(page, "ablations", returns_table(ablations))

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,8 +28,8 @@ from safetensors.torch import load_file
 import gbpo_llm as gbpo
 
 ROOT = Path(__file__).resolve().parent.parent
-BAND = {"epsilon_low": 0.3, "epsilon_high": 0.3}
-SMALL = gbpo.Args(**{**gbpo.SCRATCH, **BAND, "num_prompts": 4, "total_batches": 6, "eval_prompts": 10, "checkpoint_every": 2})
+TINY = gbpo.SCRATCH | gbpo.LARGEST_DIGIT | {"epsilon_low": 0.3, "epsilon_high": 0.3}
+SMALL = gbpo.Args(**{**TINY, "num_prompts": 4, "total_batches": 6, "eval_prompts": 10, "checkpoint_every": 2})
 FLAGS = ["--num-prompts", "4", "--total-batches", "6", "--eval-prompts", "10", "--checkpoint-every", "2"]
 
 
@@ -153,9 +154,11 @@ def test_the_median_keeps_the_mean_target_at_one_in_a_symmetric_band_only():
 
 def test_majority_vote_reads_no_label():
     args = replace(SMALL, reward="majority")
-    task = gbpo.Task([], [], gbpo.math_score, gbpo.canonical_math)
-    answers = ["so \\boxed{0.5}", "\\boxed{7}", "it is \\boxed{\\frac{1}{2}}", "", "7", "\\boxed{1/2}"]
+    task = gbpo.Task([], [], gbpo.math_score, gbpo.same_math)
+    answers = ["so \\boxed{0.5}", "\\boxed{7}", "it is \\boxed{\\frac{1}{2}}", "", "7.0", "\\boxed{1/2}"]
     assert gbpo.group_rewards(answers, {"prompt": "", "answer": "7"}, task, args) == [1, 0, 1, 0, 0, 1]
+    answers = ["\\sqrt{4}", "1", "2", "2.0", "1"]
+    assert gbpo.group_rewards(answers, {"prompt": "", "answer": "1"}, task, args) == [1, 0, 1, 1, 0]
     assert gbpo.group_rewards(["b", "a", "a", "b"], {}, gbpo.Task([], [], None), args) == [1, 0, 0, 1]  # the earliest of two
     assert gbpo.group_rewards(["", ""], {}, gbpo.Task([], [], None), args) == [0, 0]
 
@@ -257,16 +260,6 @@ def test_sampled_tokens_have_the_model_s_frequencies_at_the_temperature():
     assert all(len(a) == 1 for a in answers if a[0] == 0) and 0 < entropy < math.log(8)
 
 
-def test_a_process_that_has_finished_takes_part_until_all_have():
-    """FSDP computes in step; answers are the same whether their process goes on or not."""
-    prompts, _ = random_groups(6, 1)
-    policy, passes = policy_of(tiny_llama(), ends=tuple(range(1, 12)), max_new_tokens=9), []
-    alone, _ = policy("generate", prompts, 2, 1.0, torch.Generator().manual_seed(0))
-    policy.all_finished = lambda finished: passes.append(finished) or len(passes) == 9
-    together, _ = policy("generate", prompts, 2, 1.0, torch.Generator().manual_seed(0))
-    assert alone == together and len(passes) == 9 and max(map(len, alone)) < 9
-
-
 def test_questions_come_in_a_new_order_each_time_they_are_through():
     args = replace(SMALL, num_prompts=4)
     seen = [gbpo.batch_questions(6, batch, args) for batch in range(6)]
@@ -307,13 +300,15 @@ def test_before_the_first_step_a_target_of_one_pulls_at_nothing():
     assert torch.equal(batch["old_logprobs"][rows.answers, : rows.mask.shape[1]], policy("logprobs", rows))
 
 
-def test_an_update_does_not_depend_on_micro_batches_or_rows(tmp_path):
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_an_update_does_not_depend_on_micro_batches_or_rows(level):
     """One gradient step on all groups with signal, cut into one or many pieces, packed or not: the same weights."""
     prompts, answers = random_groups(4, 4, 5)
     rewards = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [0, 1, 0, 1], [1, 0, 1, 1]]).float()
     results = []
     for tokens, row_tokens in ((10_000, 1000), (20, 1000), (1, 0)):
         args = replace(SMALL, group_size=4, tokens_per_microbatch=tokens, row_tokens=row_tokens, update_epochs=3, kl_coef=0.1)
+        args = replace(args, ratio_level=level)
         policy = policy_of(tiny_llama())
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
         batch = {"advantages": gbpo.group_advantages(rewards).flatten(), "groups": torch.arange(16).view(4, 4)[[0, 2, 3]]}
@@ -324,7 +319,7 @@ def test_an_update_does_not_depend_on_micro_batches_or_rows(tmp_path):
         metrics = gbpo.update(policy, first, optimizer, prompts, answers, batch, args, accelerator, generator)
         assert metrics["ratio_error"] > 0 and metrics["approx_kl"] > 0
         results.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
-    assert torch.allclose(results[0], results[1], atol=1e-9) and torch.allclose(results[0], results[2], atol=1e-9)
+    assert torch.allclose(results[0], results[1], atol=1e-6) and torch.allclose(results[0], results[2], atol=1e-6)
     assert not torch.allclose(results[0], torch.cat([p.flatten() for p in tiny_llama().parameters()]), atol=1e-3)
 
 
@@ -343,9 +338,31 @@ def test_adapters_alone_are_trained_saved_and_loaded_and_the_reference_is_the_mo
     assert not torch.allclose(model(question).logits, before, atol=1e-4)
     checkpoint = load_file(tuned / "checkpoint.safetensors")
     assert all("lora" in name for name in checkpoint) and len(checkpoint) > 10
-    policy = gbpo.prepare(args, gbpo.Accelerator(cpu=True))[2]
-    gbpo.restore(checkpoint, policy, None)
+    policy = gbpo.prepare(args)[-1]
+    gbpo.restore(checkpoint, policy)
     assert torch.allclose(policy.model(question).logits, model(question).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3NextForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"])
+def test_models_that_mix_answers_in_a_row_are_found_out_and_have_a_row_each(kind):
+    """Recurrent layers, attention without masks of ours, sliding windows."""
+    torch.manual_seed(0)
+    config = getattr(transformers, kind).config_class
+    sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, head_dim=8)
+    sizes |= dict(
+        num_key_value_heads=2, sliding_window=8, initializer_range=0.5, pad_token_id=0, eos_token_id=1, bos_token_id=2
+    )
+    if "Qwen" in kind:
+        sizes |= dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+        sizes |= dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    model = getattr(transformers, kind)(config(**sizes)).eval()
+    prompts, answers = [[3, 4, 5, 6, 7, 8]], [[7, 8, 9, 10, 11, 12], [11, 12, 13]]
+    policy = policy_of(model)
+    with pytest.raises(SystemExit, match="--row-tokens 0"):
+        gbpo.check_rows(policy, prompts, replace(SMALL, max_new_tokens=6))
+    with torch.no_grad():
+        for row, answer in zip(policy("logprobs", gbpo.pack(prompts, answers, 2, [[0], [1]])), answers):
+            assert torch.allclose(row[: len(answer)], slow_logprobs(model, prompts[0], answer), atol=1e-3)
 
 
 def test_gpt2_in_shared_rows():
@@ -390,6 +407,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     assert outcomes[0] == outcomes[1] and outcomes[0].keys() == {"0", "6"}
     evaluated = run(tmp_path, "--evaluate", killed, "--eval-prompts", 10)
     assert f"pass@1 {outcomes[0]['6']['pass@1']:.3f}" in evaluated.stdout, evaluated.stderr
+    assert int(first["optimizer.model.model.norm.weight.step"]) == 6 * SMALL.update_epochs  # each step counted, and none more
     assert (killed / "learning_curve.png").stat().st_size > 10_000 and json.loads((killed / "config.json").read_text())
     model = transformers.AutoModelForCausalLM.from_pretrained(killed / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(killed / "model")
@@ -410,6 +428,7 @@ def test_sigterm_ends_the_batch_and_saves(tmp_path):
 
 
 TWO_PROCESSES = """
+import shutil
 import sys
 import torch
 import gbpo_llm as gbpo
@@ -419,26 +438,38 @@ def recorded(policy, reference, optimizer, prompts, *rest):
     metrics = update(policy, reference, optimizer, prompts, *rest)
     torch.save({"weights": policy.state_dict(), "asked": asked, "metrics": metrics}, f"rank{rest[-2].process_index}.pt")
     return metrics
-gbpo.update = recorded
+save = gbpo.save_checkpoint
+def halfway(run_dir, state, *rest):
+    save(run_dir, state, *rest)
+    if state["batch"] == 2:
+        shutil.copy(run_dir / "checkpoint.safetensors", "halfway.safetensors")
+gbpo.update, gbpo.save_checkpoint = recorded, halfway
 sys.argv = ["gbpo_llm.py", *sys.argv[1:]]
 gbpo.main()
 """
 
 
-def test_two_processes_share_the_questions_and_hold_the_same_weights(tmp_path):
+def test_two_processes_share_the_questions_hold_the_same_weights_and_resume(tmp_path):
     (tmp_path / "recorded.py").write_text(TWO_PROCESSES)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631", "recorded.py"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    flags = [*FLAGS, "--total-batches", "4", "--learning-rate", "3e-3", "--tokens-per-microbatch", "60"]
-    result = subprocess.run([*torchrun, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+
+    def torchrun(*flags):
+        command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631", "recorded.py", *flags]
+        result = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+
+    first, second = torchrun(*FLAGS, "--total-batches", "4", "--learning-rate", "3e-3", "--tokens-per-microbatch", "60")
     assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
     assert first["metrics"] == second["metrics"]
     for ours, theirs in zip(first["asked"], second["asked"]):
         assert len(ours) == len(theirs) == 2 and not set(ours) & set(theirs)
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert len(rewards_of(run_dir)) == 4
+    shutil.copy(tmp_path / "halfway.safetensors", run_dir / "checkpoint.safetensors")
+    resumed, _ = torchrun("--resume", f"runs/{run_dir.name}")
+    assert resumed["asked"] == first["asked"][2:]
+    assert all(torch.equal(value, resumed["weights"][name]) for name, value in first["weights"].items())
 
 
 def write(folder, name, text):
@@ -469,6 +500,8 @@ PROBLEM = '{"prompt": "What is 1 + 1?", "answer": "2"}'
         (["--model-name", "Qwen/Qwen2.5-0.5B-Instruct"], "smollm2"),
         (["--model-name", "missing.gguf"], "smollm2"),
         (["--max-new-tokens", "5000"], "--max-new-tokens"),
+        (["--few-shot", "-1"], "--few-shot"),
+        (["--evaluate", "nowhere", "--seed", "3"], "--eval-prompts"),
         (["--resume", "nowhere"], "nowhere"),
         (["--resume", "nowhere", "--seed", "3"], "no other flag"),
         (["--evaluate", "nowhere"], "nowhere"),
