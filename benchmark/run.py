@@ -18,6 +18,7 @@ and clipfrac, where the script logs them to TensorBoard.
 """
 
 import csv
+import fcntl
 import os
 import platform
 import shlex
@@ -135,9 +136,14 @@ def write_result(run):
 
 
 def start(run, core):
+    """The process of a run; None if another run.py has it at work. It holds the lock itself, through its log."""
     run.folder.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with open(run.folder / "log.txt", "a") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
         return subprocess.Popen(run.command(), cwd=run.folder, env=environment, stdout=log, stderr=log, start_new_session=True,
                                 preexec_fn=lambda: os.sched_setaffinity(0, {core}))  # fmt: skip
 
@@ -166,7 +172,10 @@ def main():
             used = {core for _, core in running.values()}
             core = next((core for core in cores if core not in used), cores[len(running) % len(cores)])
             run = waiting.pop(0)
-            running[start(run, core)] = run, core
+            if process := start(run, core):
+                running[process] = run, core
+            else:
+                print(f"{time.strftime('%H:%M')} {run.name} is at work elsewhere", flush=True)
         if time.monotonic() >= deadline:
             for process in running:
                 process.send_signal(signal.SIGTERM)

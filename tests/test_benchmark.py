@@ -53,6 +53,16 @@ def test_a_matrix_is_resumed_after_its_time_limit_and_reported(repository):
     assert "| Pendulum-v1 | -" in report.stdout and (repository / "short.png").stat().st_size > 10_000
 
 
+def test_a_run_at_work_elsewhere_is_left_alone(repository):
+    first = subprocess.Popen([sys.executable, "benchmark/run.py", "short.toml", "--arms", "small"], cwd=repository, text=True,
+                             stdout=subprocess.PIPE)  # fmt: skip
+    while not list(repository.glob("benchmark/scratch/short/*/runs/*/checkpoint.pt")):
+        assert first.poll() is None
+    second = run(repository, "benchmark/run.py", "short.toml", "--arms", "small")
+    assert second.returncode == 1 and "small__Pendulum-v1__1 is at work elsewhere" in second.stdout
+    assert "1 of 1 runs finished" in first.communicate()[0]
+
+
 def test_language_models_leave_their_evaluations_too(repository):
     pytest.importorskip("transformers", reason="requirements-llm.txt is not installed")
     (repository / "gbpo_llm.py").write_text((ROOT / "gbpo_llm.py").read_text())
