@@ -72,17 +72,17 @@ class Args:
     loss: Literal["gbpo", "grpo"] = "gbpo"  # the loss
     reward: Literal["task", "majority"] = "task"  # the task's scorer, or TTRL's: the group's most frequent answer
     seed: int = 1  # seed of new weights, order of the questions and sampling
-    total_batches: int = 200  # batches of questions
+    total_batches: int = 200  # batches of questions; of scratch, if no flag says otherwise, 100
     num_prompts: int = 16  # questions per batch, over all processes
     group_size: int = 8  # answers G to each question
-    max_new_tokens: int = 512  # longest answer
+    max_new_tokens: int = 512  # longest answer; of largest_digit 1
     sampling_temperature: float = 1.0  # divides the logits, in sampling and in the loss; the paper's is 0.6
     few_shot: int = 0  # solved questions before each one, in place of the chat template; an answer then is one line
     instruction: str = "Put your final answer within \\boxed{}."  # follows each question in a chat template
 
     num_minibatches: int = 1  # minibatches per epoch
-    update_epochs: int = 2  # passes over each batch
-    learning_rate: float | None = None  # step size of AdamW; none: 1e-6, with LoRA 1e-4
+    update_epochs: int = 2  # passes over each batch; of scratch 4
+    learning_rate: float | None = None  # step size of AdamW; none: 1e-6, with LoRA 1e-4, of scratch 5e-4
     warmup_ratio: float = 0.03  # share of the batches over which the learning rate rises; then it falls to 0 as a cosine
     epsilon_low: float | None = None  # the ratio is to stay above 1 − ε_low; none: 0.3, for GRPO's clip 0.2
     epsilon_high: float | None = None  # and below 1 + ε_high; none: as ε_low
