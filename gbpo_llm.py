@@ -273,7 +273,7 @@ def load_task(args):
     else:
         sys.exit(f"{SCRIPT}: no task {args.task!r}: there are largest_digit, reasoning_gym/<dataset>, gsm8k, math, and files "
                  ".json or .jsonl of prompt and answer")  # fmt: skip
-    task.test = task.test[: args.eval_prompts]
+    task.test = [example for example in task.test[: args.eval_prompts] if example not in task.train[: args.few_shot]]
     if len(task.train) < args.few_shot + args.num_prompts:
         sys.exit(f"{SCRIPT}: {args.task} leaves {len(task.train)} questions to learn from, fewer than --num-prompts "
                  f"{args.num_prompts} and --few-shot {args.few_shot} take")  # fmt: skip

@@ -93,7 +93,7 @@ def test_grpo_is_the_one_sided_half_of_gbpo_at_the_hard_target():
     hard = torch.where(a > 0, torch.tensor(1.28, dtype=torch.float64), 0.8)
     hinge = (a.abs() * (a.sign() * (hard - ratio)).clamp(min=0) - a * hard)[mask].mean()
     grpo = gbpo.grpo_loss(logprobs, old_logprobs, advantages, mask, 0.2, 0.28)
-    assert float(grpo) == pytest.approx(float(hinge), rel=1e-12)
+    assert grpo.item() == pytest.approx(hinge.item(), rel=1e-12)
     gradients = [torch.autograd.grad(loss, logprobs, retain_graph=True)[0] for loss in (grpo, hinge)]
     assert torch.allclose(*gradients, rtol=1e-12)
 
@@ -363,6 +363,34 @@ def test_models_that_mix_answers_in_a_row_are_found_out_and_have_a_row_each(kind
     with torch.no_grad():
         for row, answer in zip(policy("logprobs", gbpo.pack(prompts, answers, 2, [[0], [1]])), answers):
             assert torch.allclose(row[: len(answer)], slow_logprobs(model, prompts[0], answer), atol=1e-3)
+
+
+def test_checkpointing_changes_nothing_in_a_model_with_dropout(tmp_path, monkeypatch):
+    """In training mode, which checkpointing needs, GPT-2 would drop out. The reference is a copy of the model here."""
+    monkeypatch.chdir(tmp_path)
+    _, tokenizer = gbpo.scratch_model(gbpo.load_task(SMALL))
+    ends = dict(bos_token_id=None, eos_token_id=0, pad_token_id=1)
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=4, **ends)
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    args = replace(
+        SMALL, model_name=str(tmp_path / "base"), kl_coef=0.1, num_minibatches=2, total_batches=3, learning_rate=1e-3
+    )
+    plain, checkpointed = (
+        load_file(gbpo.train(replace(args, gradient_checkpointing=on)) / "checkpoint.safetensors") for on in (False, True)
+    )
+    before = load_file(tmp_path / "base" / "model.safetensors")["transformer.h.0.mlp.c_fc.weight"]
+    name = "model.model.transformer.h.0.mlp.c_fc.weight"
+    assert (plain[name] - before).abs().max() > 1e-4
+    assert torch.allclose(plain[name], checkpointed[name], atol=1e-5)
+
+
+def test_problems_shown_as_solved_are_not_asked(tmp_path):
+    problems = "\n".join(json.dumps({"prompt": f"What is {n} + 1?", "answer": str(n + 1)}) for n in range(20))
+    args = replace(SMALL, task=write(tmp_path, "sums.jsonl", problems), reward="majority", few_shot=3, eval_prompts=20)
+    task = gbpo.load_task(args)
+    assert len(task.train) == 20 and len(task.test) == 17 and task.train[0] not in task.test
 
 
 def test_gpt2_in_shared_rows():
