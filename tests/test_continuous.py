@@ -192,6 +192,29 @@ def test_one_update_step_is_that_of_adam_on_the_clipped_gradient(script):
 
 
 @pytest.mark.parametrize("script", [bpo, ppo])
+@torch._dynamo.config.patch(trace_autograd_ops=True)
+def test_the_compiled_gradient_is_the_plain_one(script):
+    args = script.Args(max_grad_norm=0.1)
+    torch.manual_seed(0)
+    agent = script.Agent(4, 2, args)
+    for parameter in agent.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    vector = script.flatten_parameters(agent)
+    coefs = torch.tensor(list(script.loss_coefficients(args).values()))
+    batch = {"obs": torch.randn(32, 4), "actions": torch.randn(32, 2), "logprobs": -3 + torch.rand(32)}
+    batch |= {name: torch.randn(32) for name in ("values", "advantages", "returns")}
+    compiled = torch.compile(script.backpropagate, dynamic=False, fullgraph=True)
+    for _ in range(2):
+        losses = script.backpropagate(agent, vector.grad, coefs, batch, args)
+        expected = vector.grad.clone()
+        vector.grad.zero_()
+        torch.testing.assert_close(compiled(agent, vector.grad, coefs, batch, args), losses)
+        torch.testing.assert_close(vector.grad, expected, rtol=1e-4, atol=1e-7)
+        with torch.no_grad():
+            vector.add_(expected)  # what was compiled must read the weights as they are now
+
+
+@pytest.mark.parametrize("script", [bpo, ppo])
 def test_estimates_are_made_anew_before_each_epoch_but_the_first(script, monkeypatch):
     torch.manual_seed(0)
     args = script.Args(num_minibatches=2, update_epochs=3)
@@ -239,9 +262,11 @@ def test_the_separate_median_head_learns_only_if_it_is_used(use_median):
     assert torch.equal(agent.value_head.weight[1], before[1])  # the shared output is idle
 
 
-@pytest.mark.parametrize("script", ["bpo_continuous.py", "ppo_baseline.py"])
-def test_a_killed_run_resumes_to_the_same_weights_and_episodes(script, tmp_path):
-    flags = [*FLAGS, "--env-id", "Hopper-v4", "--num-envs", 2, "--total-timesteps", 512 * 20, "--checkpoint-every", 2]
+@pytest.mark.parametrize(
+    "script, more", [("bpo_continuous.py", []), ("ppo_baseline.py", []), ("bpo_continuous.py", ["--compile"])]
+)
+def test_a_killed_run_resumes_to_the_same_weights_and_episodes(script, more, tmp_path):
+    flags = [*FLAGS, *more, "--env-id", "Hopper-v4", "--num-envs", 2, "--total-timesteps", 512 * 20, "--checkpoint-every", 2]
     whole = run(tmp_path, script, *flags)
     assert whole.returncode == 0, whole.stderr
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
@@ -387,6 +412,13 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_training(tmp_path, monkeypat
     run_dir = bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=1280, checkpoint_every=1, **SMALL))
     assert capsys.readouterr().err.count("No space left on device") == 2
     assert checkpoint(run_dir)["state"]["iteration"] == 5 and not (run_dir / "checkpoint.tmp").exists()
+
+
+def test_without_a_compiler_compile_says_what_is_missing(tmp_path):
+    nowhere = {"PATH": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    failed = run(tmp_path, "bpo_continuous.py", *FLAGS, "--env-id", "Pendulum-v1", "--compile", env=os.environ | nowhere)
+    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("bpo_continuous: ")]
+    assert failed.returncode == 1 and "C++ compiler" in line and "Traceback" not in failed.stderr
 
 
 BAD_INPUT = [
