@@ -56,9 +56,9 @@ def anneal_epsilon():
     """ε falls linearly to 0, as the learning rate does."""
     update = bpo.update
 
-    def annealed_update(agent, optimizer, batch, args, reevaluate=None):
+    def annealed_update(agent, optimizer, batch, args, *rest):
         remaining = optimizer.param_groups[0]["lr"] / args.learning_rate
-        return update(agent, optimizer, batch, replace(args, epsilon=args.epsilon * remaining), reevaluate)
+        return update(agent, optimizer, batch, replace(args, epsilon=args.epsilon * remaining), *rest)
 
     bpo.update = annealed_update
 
@@ -68,14 +68,14 @@ def rollout_advantages():
     """A and Ã are those of the rollout and stand still during an update, as in PPO."""
     update, minibatch_losses = bpo.update, bpo.minibatch_losses
 
-    def fixed_update(agent, optimizer, batch, args, reevaluate=None):
+    def fixed_update(agent, optimizer, batch, args, reevaluate=None, *rest):
         def with_median(batch):
             with torch.no_grad():
                 thresholds = agent.get_values(rollout["obs"])[args.use_median]
             return batch | {"median_advantages": batch["returns"] - thresholds}
 
         rollout = batch
-        return update(agent, optimizer, with_median(batch), args, reevaluate and (lambda: with_median(reevaluate())))
+        return update(agent, optimizer, with_median(batch), args, reevaluate and (lambda: with_median(reevaluate())), *rest)
 
     def fixed_losses(agent, batch, args):
         ratio = torch.exp(agent.log_prob(batch["obs"], batch["actions"]) - batch["logprobs"])
