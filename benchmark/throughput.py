@@ -1,7 +1,8 @@
 """Steps per second and peak memory of the scripts against Stable-Baselines3's PPO, at the same settings, in one run.
 
 One core, 1 environment × 2048 steps, minibatches of 64, 10 epochs, two hidden layers of 256. Every round runs all programs
-once, one after the other, so that a drift of the machine's speed meets them alike; ratios are taken within a round.
+once, one after the other, so that a drift of the machine's speed meets them alike; ratios are taken within a round. With
+--compile, the time that compiling takes is in.
 
     pip install stable-baselines3
     python benchmark/throughput.py
@@ -94,7 +95,7 @@ print(json.dumps({{"seconds": seconds, "megabytes": memory / 1024}}))
 class Args:
     env_id: str = "HalfCheetah-v4"  # gymnasium id of the task
     hidden_size: int = 256  # width of the two hidden layers
-    steps: int = 10_240  # steps of each run
+    steps: int = 40_960  # steps of each run
     rounds: int = 5  # runs of each program
     scaling: bool = False  # measure --num-envs 1, 4 and 16 instead, synchronous and asynchronous
     update: bool = False  # measure the updates alone instead
@@ -154,7 +155,10 @@ def main():
         compare(programs, args.steps, args.rounds, os.cpu_count())
     else:
         sb3 = SB3.format(env_id=args.env_id, hidden_size=args.hidden_size, steps=args.steps)
-        programs = {"bpo_continuous.py": ours("bpo_continuous"), "ppo_baseline.py": ours("ppo_baseline")}
+        programs = {}
+        for script in ("bpo_continuous", "ppo_baseline"):
+            for flag, on in ((" --compile", True), ("", False)):
+                programs[f"{script}.py{flag}"] = ours(script, update_epochs=10, reevaluate=False, compile=on)
         compare(programs | {"Stable-Baselines3 PPO": sb3}, args.steps, args.rounds, 1)
 
 
