@@ -59,11 +59,11 @@ class Args:
 
     num_steps: int = 2048  # steps in each environment per rollout
     num_minibatches: int = 32  # minibatches per epoch
-    update_epochs: int = 20  # passes over each rollout
-    reevaluate: bool = True  # compute values, advantages and returns anew before each pass
+    update_epochs: int = 10  # passes over each rollout
+    reevaluate: bool = False  # compute values, advantages and returns anew before each pass
     learning_rate: float = 6e-4  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0
-    gamma: float = 0.995  # discount γ
+    gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of GAE, the generalised advantage estimator
     epsilon: float = 0.3  # half-width ε of the band the ratio is to stay in
     temperature: float = 1e-3  # λ, in (normalised) returns: advantages well above it ask for the band's edge
@@ -73,7 +73,7 @@ class Args:
     norm_adv: bool = True  # divide the weight |A| by the minibatch's standard deviation of A (it is not centred)
     vf_coef: float = 0.5  # coefficient of the value loss ½(R̂−V)²
     median_coef: float = 0.5  # coefficient of the median loss
-    ent_coef: float = 0.0  # coefficient of the entropy bonus
+    ent_coef: float = 0.01  # coefficient of the entropy bonus
     max_grad_norm: float = 0.5  # longest gradient, all parameters taken as one vector
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = True  # divide rewards by the running standard deviation of their discounted sum
@@ -93,8 +93,8 @@ class Args:
 
 # The authors' hyperparameters. Their value loss is (R̂−V)², ours ½(R̂−V)² as CleanRL's, hence twice their vf_coef.
 PAPER_ALL = dict(hidden_size=256, activation="relu", log_std_init=0.0, norm_obs=False, norm_reward=False, norm_adv=False,
-                 update_epochs=10, reevaluate=False, learning_rate=3e-4, anneal_lr=False, gamma=0.99, max_grad_norm=1.0,
-                 vf_coef=1.0, median_head="separate", median_temperature=1.0)  # fmt: skip
+                 learning_rate=3e-4, anneal_lr=False, ent_coef=0.0, max_grad_norm=1.0, vf_coef=1.0, median_head="separate",
+                 median_temperature=1.0)  # fmt: skip
 PAPER = {
     "Ant": dict(num_minibatches=8, learning_rate=1e-4),
     "HalfCheetah": dict(num_steps=512, num_minibatches=8, learning_rate=2.0633e-5, update_epochs=20, epsilon=0.1, gamma=0.98,

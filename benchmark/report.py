@@ -270,14 +270,22 @@ def evaluations_table(path):
 
 def search_table(results):
     """Markdown: a row an arm, best first: its share of the way from the first policy to a task's best arm, and its returns."""
-    means = {arm: np.array([results.curves(arm, task)[:, -1].mean() for task in results.tasks]) for arm in results.arms}
-    first = np.array([np.mean([results.curves(arm, task)[:, 0].mean() for arm in means]) for task in results.tasks])
-    scores = {arm: np.mean((means[arm] - first) / (np.max(list(means.values()), 0) - first)) for arm in means}
+    finished = {arm: [task for task in results.tasks if task in runs] for arm, runs in results.arms.items()}
+    means = {arm: {task: results.curves(arm, task)[:, -1].mean() for task in tasks} for arm, tasks in finished.items()}
+    shares = {arm: [] for arm, tasks in finished.items() if tasks}
+    for task in results.tasks:
+        arms = [arm for arm in shares if task in finished[arm]]
+        first = np.mean([results.curves(arm, task)[:, 0].mean() for arm in arms])
+        best = max(means[arm][task] for arm in arms)
+        for arm in arms:
+            shares[arm].append((means[arm][task] - first) / (best - first))
     lines = [f"| return at {results.total_timesteps:,} steps | score | seeds | " + " | ".join(results.tasks) + " |"]
     lines.append("|---|---|---|" + "---|" * len(results.tasks))
-    for arm in sorted(means, key=scores.get, reverse=True):
-        seeds = min(len(results.curves(arm, task)) for task in results.tasks)
-        lines.append(f"| {arm} | {scores[arm]:.2f} | {seeds} | " + " | ".join(map(number, means[arm])) + " |")
+    for arm in sorted(shares, key=lambda arm: (len(shares[arm]), np.mean(shares[arm])), reverse=True):
+        score = f"{np.mean(shares[arm]):.2f}" if len(shares[arm]) == len(results.tasks) else "–"
+        seeds = min(len(results.curves(arm, task)) for task in finished[arm])
+        returns = [number(means[arm][task]) if task in means[arm] else "–" for task in results.tasks]
+        lines.append(f"| {arm} | {score} | {seeds} | " + " | ".join(returns) + " |")
     return "\n".join(lines)
 
 
@@ -316,10 +324,10 @@ def rebuild():
     if proof.only().tasks:
         draw_curves(proof, figures / "curves.png")
         replace_block(page, "returns", "![Learning curves](results/curves.png)\n\n" + returns_table(proof))
-    found = read_results(matrix["search"])
-    found.arms = {arm: found.arms[arm] for arm in ("base", "ppo", "ppo-same")}
-    draw_curves(found, figures / "search.png")
-    replace_block(readme, "returns", returns_table(found))
+        found = read_results(matrix["mujoco"])
+        found.arms = {arm: runs for arm, runs in found.arms.items() if runs}
+        replace_block(readme, "returns", returns_table(found))
+    replace_block(page, "first proof", returns_table(read_results(matrix["first_proof"])))
     for name, tasks in (("all", read_results(matrix["mujoco"]).tasks), ("paper", read_results(matrix["paper"]).tasks)):
         results = proof.only(*tasks)
         if results.tasks and {"bpo", "ppo"} <= set(results.arms):
@@ -328,11 +336,8 @@ def rebuild():
             replace_block(page, f"aggregates {name}", picture + aggregates_table(results))
     screening = read_results(matrix["screening"]).only()
     replace_block(page, "changes", changes_table(screening, tomllib.loads(matrix["screening"].read_text())["changes"]))
-    for name in ("screening", "search"):
-        replace_block(page, name, search_table(read_results(matrix[name]).only()))
-    if (longer := read_results(matrix["search_long"]).only()).tasks:
-        longer.arms = read_results(matrix["search_long"]).arms
-        replace_block(page, "search_long", returns_table(longer))
+    for name in ("screening", "search", "search_long"):
+        replace_block(page, name, search_table(read_results(matrix[name])))
     replace_block(page, "median head", returns_table(read_results(matrix["median_head"])))
     if (ablations := read_results(matrix["ablations"]).only()).tasks:
         replace_block(page, "ablations", returns_table(ablations))

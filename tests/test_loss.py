@@ -1,5 +1,7 @@
 """The losses against the equations of the paper, and GAE against sums written out."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -139,3 +141,14 @@ def test_gae_is_the_mean_of_all_n_step_returns(seed, gamma, gae_lambda):
         columns = (array[:, i].numpy() for array in (rewards, values, next_values, terminations, dones))
         expected = brute_force_returns(*columns, gamma, gae_lambda) - values[:, i].numpy()
         np.testing.assert_allclose(advantages[:, i], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_at_the_best_action_a_reached_target_shrinks_the_variance_of_a_gaussian():
+    """docs/results.md: σ² falls by the factor 1 − 0.857ε, whatever the scale of the advantages."""
+    z = torch.linspace(-8, 8, 100_001, dtype=torch.float64)
+    density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
+    threshold = -(0.674489750196**2)  # the median of Q = −z²
+    for scale in (1.0, 1e-2):
+        ratio = target_ratio(scale * (-(z**2) - threshold), 0.3, 1e-6)
+        assert (density * ratio).sum() == pytest.approx(1, abs=1e-4)
+        assert (density * ratio * z**2).sum() == pytest.approx(1 - 0.857 * 0.3, abs=1e-3)
