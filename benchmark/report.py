@@ -28,7 +28,7 @@ BENCHMARK = Path(__file__).resolve().parent
 DOCS = BENCHMARK.parent / "docs"
 SMOOTHING = 5  # hundredths of the run in the running mean
 COLORS = {"base": plt.get_cmap("tab10").colors[0]} | dict(
-    zip(("bpo", "ppo", "sb3", "ppo-same", "bpo-paper", "ppo-paper"), plt.get_cmap("tab10").colors)
+    zip(("bpo", "ppo", "sb3", "ppo-same", "bpo-paper", "ppo-paper", "bpo-entropy"), plt.get_cmap("tab10").colors)
 )
 
 
@@ -274,7 +274,8 @@ def search_table(results):
     means = {arm: {task: results.curves(arm, task)[:, -1].mean() for task in tasks} for arm, tasks in finished.items()}
     shares = {arm: [] for arm, tasks in finished.items() if tasks}
     for task in results.tasks:
-        arms = [arm for arm in shares if task in finished[arm]]
+        if not (arms := [arm for arm in shares if task in finished[arm]]):
+            continue
         first = np.mean([results.curves(arm, task)[:, 0].mean() for arm in arms])
         best = max(means[arm][task] for arm in arms)
         for arm in arms:
@@ -324,10 +325,10 @@ def rebuild():
     if proof.only().tasks:
         draw_curves(proof, figures / "curves.png")
         replace_block(page, "returns", "![Learning curves](results/curves.png)\n\n" + returns_table(proof))
-        found = read_results(matrix["mujoco"])
-        found.arms = {arm: runs for arm, runs in found.arms.items() if runs}
-        replace_block(readme, "returns", returns_table(found))
-    replace_block(page, "first proof", returns_table(read_results(matrix["first_proof"])))
+    first_proof = read_results(matrix["first_proof"])
+    draw_curves(first_proof, figures / "first_proof.png")
+    for path in (page, readme):
+        replace_block(path, "first proof", returns_table(first_proof))
     for name, tasks in (("all", read_results(matrix["mujoco"]).tasks), ("paper", read_results(matrix["paper"]).tasks)):
         results = proof.only(*tasks)
         if results.tasks and {"bpo", "ppo"} <= set(results.arms):
@@ -336,8 +337,9 @@ def rebuild():
             replace_block(page, f"aggregates {name}", picture + aggregates_table(results))
     screening = read_results(matrix["screening"]).only()
     replace_block(page, "changes", changes_table(screening, tomllib.loads(matrix["screening"].read_text())["changes"]))
-    for name in ("screening", "search", "search_long"):
-        replace_block(page, name, search_table(read_results(matrix[name])))
+    for name in ("screening", "search", "search_long", "search_late"):
+        if (found := read_results(matrix[name])).only().tasks:
+            replace_block(page, name, search_table(found))
     replace_block(page, "median head", returns_table(read_results(matrix["median_head"])))
     if (ablations := read_results(matrix["ablations"]).only()).tasks:
         replace_block(page, "ablations", returns_table(ablations))
