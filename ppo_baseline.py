@@ -51,7 +51,7 @@ class Args:
     num_envs: int = 1  # parallel environments
     async_envs: bool = False  # a process for each environment: for simulators slower than MuJoCo's tasks
     num_threads: int = 1  # CPU threads of the networks; at these sizes one is fastest
-    compile: bool = False  # compile losses and gradients: updates take a third of the time, after a minute at the start
+    compile: bool = False  # compile losses and gradients: faster in long runs; needs a C++ compiler
 
     num_steps: int = 2048  # steps in each environment per rollout
     num_minibatches: int = 32  # minibatches per epoch
