@@ -371,11 +371,12 @@ def backpropagate(agent, gradient, coefs, batch, args):
     return losses.detach()
 
 
-def update(agent, optimizer, batch, args, reevaluate=None, backpropagate=backpropagate):
+def update(agent, optimizer, batch, args, reevaluate=None, gradient_function=backpropagate):
     """Fits policy and critics to one rollout; returns the metrics, scalars.
 
     `batch` holds obs (B, …), actions (B, …), logprobs, values, advantages and returns (B,); before each epoch but the first
-    `reevaluate()`, if there is one, gives the last three anew. FloatingPointError names the first term that is not finite.
+    `reevaluate()`, if there is one, gives the last three anew. `gradient_function` is `backpropagate`, or what compiled it.
+    FloatingPointError names the first term that is not finite.
     """
     gradient = optimizer.param_groups[0]["params"][0].grad  # of all weights, see flatten_parameters
     names, coefs = zip(*loss_coefficients(args).items())
@@ -387,7 +388,7 @@ def update(agent, optimizer, batch, args, reevaluate=None, backpropagate=backpro
         shuffle = torch.randperm(len(batch["obs"]))
         shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
         for minibatch in zip(*shuffled):
-            history.append(backpropagate(agent, gradient, coefs, dict(zip(batch, minibatch)), args))
+            history.append(gradient_function(agent, gradient, coefs, dict(zip(batch, minibatch)), args))
             optimizer.step()
     history = torch.stack(history)
     for _, term in (~history.isfinite()).nonzero()[:1].tolist():

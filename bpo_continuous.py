@@ -424,11 +424,12 @@ def backpropagate(agent, gradient, coefs, batch, args):
     return losses.detach()
 
 
-def update(agent, optimizer, batch, args, reevaluate=None, backpropagate=backpropagate):
+def update(agent, optimizer, batch, args, reevaluate=None, gradient_function=backpropagate):
     """Fits policy and critics to one rollout; returns the metrics, scalars.
 
     `batch` holds obs (B, …), actions (B, …), logprobs, values, advantages and returns (B,); before each epoch but the first
-    `reevaluate()`, if there is one, gives the last three anew. FloatingPointError names the first term that is not finite.
+    `reevaluate()`, if there is one, gives the last three anew. `gradient_function` is `backpropagate`, or what compiled it.
+    FloatingPointError names the first term that is not finite.
     """
     gradient = optimizer.param_groups[0]["params"][0].grad  # of all weights, see flatten_parameters
     names, coefs = zip(*loss_coefficients(args).items())
@@ -440,7 +441,7 @@ def update(agent, optimizer, batch, args, reevaluate=None, backpropagate=backpro
         shuffle = torch.randperm(len(batch["obs"]))
         shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
         for minibatch in zip(*shuffled):
-            history.append(backpropagate(agent, gradient, coefs, dict(zip(batch, minibatch)), args))
+            history.append(gradient_function(agent, gradient, coefs, dict(zip(batch, minibatch)), args))
             optimizer.step()
     history = torch.stack(history)
     for _, term in (~history.isfinite()).nonzero()[:1].tolist():
@@ -612,10 +613,10 @@ def train(args):
     low, high = (bound.reshape(args.num_envs, action_dim) for bound in (envs.action_space.low, envs.action_space.high))
     agent = Agent(obs_dim, action_dim, args)
     optimizer = torch.optim.Adam([flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
-    gradient_step = backpropagate
+    gradient_function = backpropagate
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # one graph, gradients included
-        gradient_step = torch.compile(backpropagate, dynamic=False, fullgraph=True)
+        gradient_function = torch.compile(backpropagate, dynamic=False, fullgraph=True)
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
 
@@ -698,11 +699,10 @@ def train(args):
         batch = {key: tensor.flatten(0, 1) for key, tensor in batch.items()} | estimate()
 
         try:
-            metrics = update(agent, optimizer, batch, args, estimate if args.reevaluate else None, gradient_step)
+            metrics = update(agent, optimizer, batch, args, estimate if args.reevaluate else None, gradient_function)
         except torch._dynamo.exc.TorchDynamoException as error:
-            sys.exit(
-                f"{SCRIPT}: --compile needs a C++ compiler that works ({str(error).splitlines()[0]}): go without --compile"
-            )
+            reason = " ".join(str(error).split("\n\n")[0].split())
+            sys.exit(f"{SCRIPT}: --compile failed, train without it: {reason}. {run_dir} keeps the last checkpoint")
         except FloatingPointError as error:
             sys.exit(f"{SCRIPT}: stopped at step {global_step}: {error}. {run_dir} keeps the last good checkpoint")
         if iteration > 1:

@@ -50,7 +50,7 @@ torch.set_num_threads(1)
 batch = {{"obs": torch.randn(2048, 17), "actions": torch.randn(2048, 6), "logprobs": torch.full((2048,), -9.0)}}
 batch |= {{name: torch.randn(2048) for name in ("values", "advantages", "returns")}}
 def timer(script):
-    args = script.Args(hidden_size={hidden_size})
+    args = script.Args(hidden_size={hidden_size}, update_epochs=10)
     agent = script.Agent(17, 6, args)
     optimizer = torch.optim.Adam([script.flatten_parameters(agent)], lr=1e-5, eps=1e-5, fused=True)
     def seconds():

@@ -1,12 +1,18 @@
-"""benchmark/run.py and report.py on a matrix of two short runs."""
+"""benchmark/run.py and report.py on a matrix of two short runs, the matrices' flags, the variants."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import tyro
+
+import bpo_continuous
+import ppo_baseline
 
 ROOT = Path(__file__).resolve().parent.parent
 MATRIX = """
@@ -104,3 +110,22 @@ def test_the_committed_pages_are_what_the_committed_results_give(tmp_path):
 def test_bad_input_is_answered_in_one_line(repository, flags):
     result = run(repository, "benchmark/run.py", *flags)
     assert result.returncode == 1 and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmark").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_arm_of_a_matrix_has_flags_its_script_knows(path):
+    scripts = {"bpo_continuous.py": bpo_continuous, "ppo_baseline.py": ppo_baseline, "benchmark/variants.py": bpo_continuous}
+    for arm in tomllib.loads(path.read_text())["arms"].values():
+        script, *flags = shlex.split(arm)
+        assert (ROOT / script).is_file()
+        if script in scripts:
+            tyro.cli(scripts[script].Args, args=flags[script == "benchmark/variants.py" :])
+
+
+def test_all_variants_train_compiled_and_together(tmp_path):
+    variants = "one_sided,dead_zone,relative_temperature,anneal_epsilon,rollout_advantages"
+    flags = ["--env-id", "Pendulum-v1", "--total-timesteps", "512", "--num-steps", "256", "--num-minibatches", "4"]
+    flags += ["--update-epochs", "2", "--reevaluate", "--compile", "--eval-episodes", "1"]
+    trained = run(tmp_path, str(ROOT / "benchmark/variants.py"), variants, *flags)
+    assert trained.returncode == 0 and "learning curve" in trained.stdout, trained.stderr
+    assert run(tmp_path, str(ROOT / "benchmark/variants.py"), "nonsense").returncode == 1

@@ -418,7 +418,7 @@ def test_without_a_compiler_compile_says_what_is_missing(tmp_path):
     nowhere = {"PATH": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     failed = run(tmp_path, "bpo_continuous.py", *FLAGS, "--env-id", "Pendulum-v1", "--compile", env=os.environ | nowhere)
     (line,) = [line for line in failed.stderr.splitlines() if line.startswith("bpo_continuous: ")]
-    assert failed.returncode == 1 and "C++ compiler" in line and "Traceback" not in failed.stderr
+    assert failed.returncode == 1 and "No working C++ compiler found" in line and "Traceback" not in failed.stderr
 
 
 BAD_INPUT = [
@@ -478,3 +478,22 @@ def test_the_paper_preset_is_the_authors_row_and_flags_win_over_it(tmp_path, mon
     assert (args.num_envs, args.num_steps, args.num_envs * args.num_steps // args.num_minibatches) == (4, 512, 32)
     assert (args.epsilon, args.temperature, args.learning_rate, args.gamma) == (0.25, 10.0, 9.808e-5, 0.5)
     assert not (args.norm_obs or args.norm_reward or args.norm_adv or args.anneal_lr)
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("Ant", (2048, 256, 1e-4, 10, 0.3, 1e-3, 0.99, 0.95, 1.0, 0.0)),
+        ("HalfCheetah", (512, 64, 2.0633e-5, 20, 0.1, 1e-3, 0.98, 0.92, 1.0, 4.0e-4)),
+        ("Hopper", (2048, 32, 9.808e-5, 10, 0.25, 10.0, 0.999, 0.95, 1.0, 0.0)),
+        ("Humanoid", (512, 128, 1e-4, 5, 0.2, 1e-3, 0.99, 0.95, 2.0, 0.0)),
+        ("Swimmer", (4096, 256, 3e-4, 10, 0.1, 0.01, 0.9999, 0.98, 1.0, 0.0)),
+    ],
+)
+def test_no_change_of_the_default_reaches_the_authors_rows(task, row):
+    """Batch, minibatch, learning rate, epochs, ε, λ, γ, λ of GAE, largest gradient and entropy bonus, as published."""
+    args = bpo.Args(**{**bpo.PAPER_ALL, **bpo.PAPER[task]})
+    batch = args.num_envs * args.num_steps
+    assert row == (batch, batch // args.num_minibatches, args.learning_rate, args.update_epochs, args.epsilon, args.temperature,
+                   args.gamma, args.gae_lambda, args.max_grad_norm, args.ent_coef)  # fmt: skip
+    assert (args.log_std_init, args.hidden_size, args.activation, args.reevaluate) == (0.0, 256, "relu", False)
