@@ -57,8 +57,8 @@ class Args:
     num_threads: int = 1  # CPU threads of the networks; at these sizes one is fastest
     compile: bool = False  # compile losses and gradients: faster in long runs; needs a C++ compiler
 
-    num_steps: int = 2048  # steps in each environment per rollout
-    num_minibatches: int = 32  # minibatches per epoch
+    num_steps: int = 1024  # steps in each environment per rollout
+    num_minibatches: int = 16  # minibatches per epoch
     update_epochs: int = 10  # passes over each rollout
     reevaluate: bool = False  # compute values, advantages and returns anew before each pass
     learning_rate: float = 6e-4  # step size of Adam
@@ -73,13 +73,13 @@ class Args:
     norm_adv: bool = True  # divide the weight |A| by the minibatch's standard deviation of A (it is not centred)
     vf_coef: float = 0.5  # coefficient of the value loss ½(R̂−V)²
     median_coef: float = 0.5  # coefficient of the median loss
-    ent_coef: float = 0.01  # coefficient of the entropy bonus
+    ent_coef: float = 3e-3  # coefficient of the entropy bonus
     max_grad_norm: float = 0.5  # longest gradient, all parameters taken as one vector
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = True  # divide rewards by the running standard deviation of their discounted sum
     hidden_size: int = 64  # width of the two hidden layers
     activation: Literal["tanh", "relu"] = "tanh"  # activation of the hidden layers
-    log_std_init: float = -0.35  # log σ of the first policy
+    log_std_init: float = -0.7  # log σ of the first policy
 
     checkpoint_every: int = 10  # iterations between checkpoints
     eval_episodes: int = 10  # episodes played without noise at the end
@@ -92,9 +92,9 @@ class Args:
 
 
 # The authors' hyperparameters. Their value loss is (R̂−V)², ours ½(R̂−V)² as CleanRL's, hence twice their vf_coef.
-PAPER_ALL = dict(hidden_size=256, activation="relu", log_std_init=0.0, norm_obs=False, norm_reward=False, norm_adv=False,
-                 learning_rate=3e-4, anneal_lr=False, ent_coef=0.0, max_grad_norm=1.0, vf_coef=1.0, median_head="separate",
-                 median_temperature=1.0)  # fmt: skip
+PAPER_ALL = dict(num_steps=2048, num_minibatches=32, hidden_size=256, activation="relu", log_std_init=0.0, norm_obs=False,
+                 norm_reward=False, norm_adv=False, learning_rate=3e-4, anneal_lr=False, ent_coef=0.0, max_grad_norm=1.0,
+                 vf_coef=1.0, median_head="separate", median_temperature=1.0)  # fmt: skip
 PAPER = {
     "Ant": dict(num_minibatches=8, learning_rate=1e-4),
     "HalfCheetah": dict(num_steps=512, num_minibatches=8, learning_rate=2.0633e-5, update_epochs=20, epsilon=0.1, gamma=0.98,

@@ -50,7 +50,7 @@ torch.set_num_threads(1)
 batch = {{"obs": torch.randn(2048, 17), "actions": torch.randn(2048, 6), "logprobs": torch.full((2048,), -9.0)}}
 batch |= {{name: torch.randn(2048) for name in ("values", "advantages", "returns")}}
 def timer(script):
-    args = script.Args(hidden_size={hidden_size}, update_epochs=10)
+    args = script.Args(hidden_size={hidden_size}, num_minibatches=32, update_epochs=10)
     agent = script.Agent(17, 6, args)
     optimizer = torch.optim.Adam([script.flatten_parameters(agent)], lr=1e-5, eps=1e-5, fused=True)
     def seconds():
@@ -133,6 +133,7 @@ def compare(programs, steps, rounds, cores):
 def main():
     args = tyro.cli(Args)
     flags = {"env_id": args.env_id, "hidden_size": args.hidden_size, "total_timesteps": args.steps}
+    flags |= {"num_steps": 2048, "num_minibatches": 32, "update_epochs": 10}
 
     def ours(script, **changes):
         return OURS.format(root=str(ROOT), script=script, flags=flags | changes)
@@ -158,7 +159,7 @@ def main():
         programs = {}
         for script in ("bpo_continuous", "ppo_baseline"):
             for flag, on in ((" --compile", True), ("", False)):
-                programs[f"{script}.py{flag}"] = ours(script, update_epochs=10, reevaluate=False, compile=on)
+                programs[f"{script}.py{flag}"] = ours(script, compile=on)
         compare(programs | {"Stable-Baselines3 PPO": sb3}, args.steps, args.rounds, 1)
 
 

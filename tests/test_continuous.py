@@ -338,7 +338,8 @@ def test_same_seed_same_weights_and_another_seed_others(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", ["bpo_continuous.py", "ppo_baseline.py"])
 def test_it_learns_to_balance_a_pole(script, tmp_path):
-    flags = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", 24576, "--num-minibatches", 16, "--learning-rate", "1e-3"]
+    flags = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", 24576, "--num-steps", 2048, "--num-minibatches", 16]
+    flags += ["--learning-rate", "1e-3"]
     result = run(tmp_path, script, *flags, "--eval-episodes", 5)
     assert result.returncode == 0, result.stderr
     score = float(result.stdout.split("evaluation: ")[1].split()[0])
