@@ -14,7 +14,8 @@ Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
     python gbpo_llm.py --model-name Qwen/Qwen2.5-0.5B-Instruct --task gsm8k        the real thing, on a GPU
     python gbpo_llm.py --model-name smollm2 --lora-rank 16 --task reasoning_gym/chain_sum --few-shot 4    a real model, on a CPU
     python gbpo_llm.py --model-name … --task problems.jsonl --reward majority      the paper's setting, TTRL: no label is read
-    torchrun --nproc-per-node 8 gbpo_llm.py …          several devices, by accelerate
+    torchrun --nproc-per-node 8 gbpo_llm.py …          several devices, by accelerate, each with the whole model
+    accelerate launch --num-processes 8 --use-fsdp --fsdp-version 2 gbpo_llm.py …    the model cut among them
     python gbpo_llm.py --resume runs/<run>             goes on with an interrupted run; on CPUs, to the very same weights
 
 All goes to runs/<task>__<script>__<seed>__<time>/, the model in Hugging Face's format. `group_rewards` is where to put a reward
@@ -47,13 +48,15 @@ import torch.nn.functional as F
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 try:
     import transformers
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedType
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 except ImportError as error:
     sys.exit(f"{Path(__file__).stem}: {error}: pip install -r requirements.txt -r requirements-llm.txt")
@@ -437,11 +440,12 @@ def pad_left(sequences, device):
 
 
 class Policy(nn.Module):
-    """A causal language model as a policy. All that computes goes through `forward`, so that DDP sees it."""
+    """A causal language model as a policy. All that computes goes through `forward`, so that DDP and FSDP see it."""
 
     def __init__(self, model, ends, args):
         super().__init__()
         self.model, self.args = model, args
+        self._no_split_modules = model._no_split_modules  # the layers that accelerate cuts apart with FSDP
         self.register_buffer("ends", ends, persistent=False)
 
     def forward(self, method, *args):
@@ -697,13 +701,31 @@ def trained_parameters(policy):
     return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
-def save_checkpoint(run_dir, state, policy, optimizer):
+def whole(tensors, main_process):
+    """{name: tensor} on the main process's CPU, others get {}. All take part, as FSDP has cut tensors among them."""
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if main_process:
+            result[name] = tensor.detach().cpu().contiguous()
+    return result
+
+
+def as_parameter(tensor, parameter):
+    """A whole tensor on the device of the parameter, and cut as FSDP has cut that."""
+    tensor = tensor.to(parameter.device, parameter.dtype)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else tensor
+
+
+def save_checkpoint(run_dir, state, policy, optimizer, main_process):
     """Replaces checkpoint.safetensors in one step: trained weights, Adam's moments, and `state`, plain data, as metadata."""
     tensors, temporary = {}, run_dir / "checkpoint.tmp"
     for name, parameter in trained_parameters(policy).items():
         moments = optimizer.state.get(parameter, {})
-        tensors |= {f"model.{name}": parameter.detach()} | {f"optimizer.{name}.{key}": value for key, value in moments.items()}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        tensors |= {f"model.{name}": parameter} | {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+    tensors = whole(tensors, main_process)
+    if not main_process:
+        return
     try:
         save_file(tensors, temporary, metadata={"state": json.dumps(state)})
         with open(temporary, "rb") as file:
@@ -732,11 +754,11 @@ def load_checkpoint(run_dir):
 def restore(tensors, policy, optimizer=None):
     """Puts the tensors of a checkpoint into the policy, and into the optimizer if there is one."""
     for name, parameter in trained_parameters(policy).items():
-        parameter.copy_(tensors[f"model.{name}"])
+        parameter.copy_(as_parameter(tensors[f"model.{name}"], parameter))
         prefix = f"optimizer.{name}."
         moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if optimizer and moments:
-            optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter) for k, v in moments.items()}
+            optimizer.state[parameter] = {k: v if k == "step" else as_parameter(v, parameter) for k, v in moments.items()}
 
 
 def append_episodes(path, size, rows):
@@ -779,7 +801,15 @@ def plot_learning_curve(run_dir, evaluations, title):
 
 
 def generate_all(policy, prompts, group_size, temperature, generator, args):
-    """`Policy.generate` for any number of questions, those of a length together: the answers in order and the mean entropy."""
+    """`Policy.generate` for any number of questions, those of a length together: the answers in order and the mean entropy.
+
+    FSDP's processes fetch layers from each other all at once, but their answers end at different steps. So each holds all
+    layers meanwhile.
+    """
+    layers = [module for module in policy.modules() if isinstance(module, FSDPModule) and module is not policy]
+    for module in layers:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
     answers, entropies = [None] * (len(prompts) * group_size), []
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     at_a_time = max(1, args.answers_at_a_time // group_size)
@@ -789,6 +819,9 @@ def generate_all(policy, prompts, group_size, temperature, generator, args):
         for k, i in enumerate(chunk):
             answers[i * group_size : (i + 1) * group_size] = generated[k * group_size : (k + 1) * group_size]
         entropies.append(entropy)
+    for module in layers:
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
     return answers, float(np.mean(entropies))
 
 
@@ -854,7 +887,14 @@ def prepare(args):
     """Accelerator, task, tokenizer and policy of a run."""
     check_args(args)
     cuda = torch.cuda.is_available()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all processes use the model before it is cut
+    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
     accelerator, task = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no"), load_task(args)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            sys.exit(f"{SCRIPT}: of accelerate's two kinds of FSDP this is for the second: fsdp_version: 2 in its config file")
+        dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else {}  # log-probabilities stay float32
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(**dtypes)
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args, task)
     ends = end_tokens(model, tokenizer, args)
@@ -890,9 +930,9 @@ def train(args):
     first_model = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef and not args.lora_rank else None
     own_policy, trained = policy, trained_parameters(policy).values()  # as they are without DDP
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
-    if state:
-        restore(tensors, policy, optimizer)
     policy, optimizer = accelerator.prepare(policy, optimizer)
+    if state:
+        restore(tensors, own_policy, optimizer)
 
     def reference(rows):
         with accelerator.autocast():
@@ -928,8 +968,7 @@ def train(args):
 
     def save():
         state["seconds"] = time.time() - start_time
-        if main_process:
-            save_checkpoint(run_dir, state, own_policy, optimizer)
+        save_checkpoint(run_dir, state, own_policy, optimizer, main_process)
 
     def evaluate_now():
         evaluation = evaluate(policy, tokenizer, task, test_prompts, args, accelerator)
@@ -1014,9 +1053,13 @@ def train(args):
     if str(args.total_batches) not in state["evaluations"]:
         evaluate_now()
     save()
+    model, weights = own_policy.model, None
+    if isinstance(own_policy, FSDPModule):
+        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights have one
+        weights = whole({name: tensor for name, tensor in model.state_dict().items() if name in names}, main_process)
     if main_process:
         writer.close()
-        own_policy.model.save_pretrained(run_dir / "model")
+        model.save_pretrained(run_dir / "model", state_dict=weights)
         tokenizer.save_pretrained(run_dir / "model")
         evaluations = {int(step): evaluation for step, evaluation in state["evaluations"].items()}
         plot_learning_curve(run_dir, evaluations, f"{args.task}, {args.model_name}, --loss {args.loss}, seed {args.seed}")

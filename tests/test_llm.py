@@ -456,20 +456,31 @@ def test_sigterm_ends_the_batch_and_saves(tmp_path):
 
 
 TWO_PROCESSES = """
+import os
 import shutil
 import sys
 import torch
 import gbpo_llm as gbpo
+from accelerate import FullyShardedDataParallelPlugin
+class CPUAccelerator(gbpo.Accelerator):  # accelerate has no FSDP without a GPU; torch has
+    def __init__(self, **given):
+        super().__init__(**given)
+        self.state.distributed_type = gbpo.DistributedType.FSDP
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+if "ACCELERATE_USE_FSDP" in os.environ:
+    gbpo.Accelerator = CPUAccelerator
 asked, update = [], gbpo.update
 def recorded(policy, reference, optimizer, prompts, *rest):
     asked.append([tuple(prompt) for prompt in prompts])
     metrics = update(policy, reference, optimizer, prompts, *rest)
-    torch.save({"weights": policy.state_dict(), "asked": asked, "metrics": metrics}, f"rank{rest[-2].process_index}.pt")
+    own = sum(getattr(p, "to_local", lambda: p)().numel() for p in policy.parameters())
+    weights = gbpo.whole(policy.state_dict(), True)
+    torch.save({"weights": weights, "asked": asked, "metrics": metrics, "own": own}, f"rank{rest[-2].process_index}.pt")
     return metrics
 save = gbpo.save_checkpoint
 def halfway(run_dir, state, *rest):
     save(run_dir, state, *rest)
-    if state["batch"] == 2:
+    if state["batch"] == 2 and rest[-1]:
         shutil.copy(run_dir / "checkpoint.safetensors", "halfway.safetensors")
 gbpo.update, gbpo.save_checkpoint = recorded, halfway
 sys.argv = ["gbpo_llm.py", *sys.argv[1:]]
@@ -477,27 +488,63 @@ gbpo.main()
 """
 
 
+def torchrun(folder, *flags, **variables):
+    """What both processes have recorded."""
+    (folder / "recorded.py").write_text(TWO_PROCESSES)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631", "recorded.py", *flags]
+    result = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+TWO_PROCESS_FLAGS = [*FLAGS, "--total-batches", "4", "--learning-rate", "3e-3", "--tokens-per-microbatch", "60"]
+
+
+def same_weights(first, second):
+    return all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+
+
 def test_two_processes_share_the_questions_hold_the_same_weights_and_resume(tmp_path):
-    (tmp_path / "recorded.py").write_text(TWO_PROCESSES)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def torchrun(*flags):
-        command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631", "recorded.py", *flags]
-        result = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-3000:]
-        return [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-
-    first, second = torchrun(*FLAGS, "--total-batches", "4", "--learning-rate", "3e-3", "--tokens-per-microbatch", "60")
-    assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+    first, second = torchrun(tmp_path, *TWO_PROCESS_FLAGS)
+    assert same_weights(first, second)
     assert first["metrics"] == second["metrics"]
     for ours, theirs in zip(first["asked"], second["asked"]):
         assert len(ours) == len(theirs) == 2 and not set(ours) & set(theirs)
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert len(rewards_of(run_dir)) == 4
     shutil.copy(tmp_path / "halfway.safetensors", run_dir / "checkpoint.safetensors")
-    resumed, _ = torchrun("--resume", f"runs/{run_dir.name}")
+    resumed, _ = torchrun(tmp_path, "--resume", f"runs/{run_dir.name}")
     assert resumed["asked"] == first["asked"][2:]
-    assert all(torch.equal(value, resumed["weights"][name]) for name, value in first["weights"].items())
+    assert same_weights(first, resumed)
+
+
+# The answers of the two processes end at different steps.
+LORA = ["--lora-rank", "4", "--kl-coef", "0.1", "--max-new-tokens", "150", "--tokens-per-microbatch", "500"]
+
+
+@pytest.mark.parametrize("flags", [[], LORA], ids=["all", "lora"])
+def test_two_processes_cut_the_model_among_them_with_fsdp_and_learn_the_same(flags, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    whole, _ = torchrun(tmp_path / "whole", *TWO_PROCESS_FLAGS, *flags)
+    first, second = torchrun(tmp_path / "cut", *TWO_PROCESS_FLAGS, *flags, **fsdp)
+    assert first["own"] < 0.6 * whole["own"] and second["own"] < 0.6 * whole["own"]
+    assert first["asked"] == whole["asked"] and same_weights(first, second)
+    for name, value in whole["weights"].items():
+        assert torch.allclose(value, first["weights"][name.removeprefix("module.")], atol=1e-4)
+    (run_dir,) = (tmp_path / "cut" / "runs").iterdir()
+    saved = load_file(next((run_dir / "model").glob("*.safetensors")))
+    assert saved
+    for name, value in saved.items():
+        (trained,) = [v for n, v in first["weights"].items() if n.replace(".default", "").endswith(name)]
+        assert torch.equal(value, trained)
+    if not flags:
+        return
+    shutil.copy(tmp_path / "cut" / "halfway.safetensors", run_dir / "checkpoint.safetensors")
+    resumed, _ = torchrun(tmp_path / "cut", "--resume", f"runs/{run_dir.name}", **fsdp)
+    assert resumed["asked"] == first["asked"][2:] and same_weights(first, resumed)
 
 
 def write(folder, name, text):
