@@ -819,11 +819,13 @@ def main():
         sys.exit(f"{SCRIPT}: {wrong[0]} is no flag of --help, nor an override of the task such as env.episode_length_s=5")
     if args.resume and (args != Args(resume=args.resume) or overrides):
         sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag")
-    args = replace(args, overrides=tuple(overrides))
     if args.evaluate:
+        played = dict(eval_episodes=args.eval_episodes, capture_video=args.capture_video, device=args.device)
+        if args != Args(evaluate=args.evaluate, **played) or overrides:
+            sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-episodes, "
+                     "--capture-video and --device")  # fmt: skip
         checkpoint = load_checkpoint(args.evaluate)
-        played = dict(num_envs=args.eval_episodes, capture_video=args.capture_video, device=args.device)
-        settings = replace(checkpoint["args"], **played)
+        settings = replace(checkpoint["args"], num_envs=args.eval_episodes, **played)
         with contextlib.ExitStack() as launched:
             envs, settings = load_environments(settings, launched)
             obs, critic_obs = envs.reset()
@@ -832,7 +834,7 @@ def main():
             evaluate(agent, envs, settings, Path(args.evaluate))
     else:
         try:
-            train(args)
+            train(replace(args, overrides=tuple(overrides)))
         except OSError as error:
             sys.exit(f"{SCRIPT}: {error}: is there room and permission to write in {Path('runs').absolute()}?")
 

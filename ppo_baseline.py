@@ -717,8 +717,11 @@ def main():
     if args.resume and args != Args(resume=args.resume):
         sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag")
     if args.evaluate:
+        played = dict(eval_episodes=args.eval_episodes, capture_video=args.capture_video)
+        if args != Args(evaluate=args.evaluate, **played):
+            sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-episodes and --capture-video")
         checkpoint = load_checkpoint(args.evaluate)
-        settings = replace(checkpoint["args"], eval_episodes=args.eval_episodes, capture_video=args.capture_video)
+        settings = replace(checkpoint["args"], **played)
         evaluate(checkpoint["agent"], settings, Path(args.evaluate))
     else:
         try:

@@ -1,6 +1,6 @@
 """Runs a matrix of arms × tasks × seeds, one core a run, and leaves a small CSV file for each.
 
-    python benchmark/run.py benchmark/mujoco.toml benchmark/paper.toml --jobs 2 --time-limit 150m
+    python benchmark/run.py benchmark/mujoco.toml benchmark/paper.toml --arms bpo ppo bpo-paper --jobs 2 --time-limit 150m
 
 Interrupt it at will, or let the time limit do so: finished runs are never repeated, and unfinished ones are resumed. A cluster
 shares a matrix out by `--shard 1/4` … `--shard 4/4`. The matrix is a TOML file:
@@ -12,9 +12,9 @@ shares a matrix out by `--shard 1/4` … `--shard 4/4`. The matrix is a TOML fil
     bpo = "bpo_continuous.py"
     bpo-mean = "bpo_continuous.py --no-use-median"
 
-Each CSV file, benchmark/results/<matrix>/<arm>__<task>__<seed>.csv, has a comment line with command, versions and processor,
-and then, for each hundredth of the run in which an episode ended, the mean return of those episodes and the means of approx_kl
-and clipfrac, where the script logs them to TensorBoard.
+Each CSV file, benchmark/results/<matrix>/<arm>__<task>__<seed>.csv, has a comment line with command, versions, processor and
+commit, and then, for each hundredth of the run in which an episode ended, the mean return of those episodes and the means of
+approx_kl and clipfrac, where the script logs them to TensorBoard.
 """
 
 import csv
@@ -63,9 +63,12 @@ class Run:
     def command(self):
         """The command that starts this run, or goes on with it."""
         words = [sys.executable, str(ROOT / self.flags[0]), *self.flags[1:]]
-        started = [path.parent for kind in ("pt", "safetensors") for path in self.folder.glob(f"runs/*/checkpoint.{kind}")]
         first_flag = next(i for i, word in enumerate(words) if word.startswith("--"))
-        return [*words[:first_flag], "--resume", str(started[0])] if started else words
+        return [*words[:first_flag], "--resume", str(started[0])] if (started := self.started()) else words
+
+    def started(self):
+        """The run folder, in a list that is empty if there is none; one without a checkpoint was killed before it began."""
+        return [path.parent for kind in ("pt", "safetensors") for path in self.folder.glob(f"runs/*/checkpoint.{kind}")]
 
 
 def seconds(text):
@@ -105,12 +108,21 @@ def processor():
     return platform.processor() or platform.machine()
 
 
+def commit():
+    """The checkout's commit, as the last part of a result's first line; nothing where there is none."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return f" | commit {subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()}"
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def write_result(run):
     """Reduces a finished run's episodes.csv to its CSV file, written in one step."""
-    (episodes,) = run.folder.glob("runs/*/episodes.csv")
-    with open(episodes) as file:
+    (run_dir,) = run.started() or [path.parent for path in run.folder.glob("runs/*/episodes.csv")]
+    with open(run_dir / "episodes.csv") as file:
         columns = {"return": [(int(row["step"]), float(row["return"])) for row in csv.DictReader(file)]}
-    events = EventAccumulator(str(episodes.parent), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     for name, tag in (METRICS | EVALUATIONS).items():
         if (logged := tag in events.Tags()["scalars"]) or name in METRICS:
             columns[name] = [(event.step, event.value) for event in events.Scalars(tag)] if logged else []
@@ -120,7 +132,7 @@ def write_result(run):
             buckets[name][min(step * BUCKETS // run.total_timesteps, BUCKETS - 1)].append(value)
     packages = " ".join(f"{name}=={version(name)}" for name in PACKAGES if find_spec(name))
     lines = [
-        f"# python {shlex.join(run.flags)} | python=={platform.python_version()} {packages} | {processor()}",
+        f"# python {shlex.join(run.flags)} | python=={platform.python_version()} {packages} | {processor()}{commit()}",
         "step,return,episodes," + ",".join(list(columns)[1:]),
     ]
     digits = 4 if len(columns) > 1 + len(METRICS) else 2  # rewards of language models lie between 0 and 1

@@ -246,6 +246,7 @@ BAD_INPUT = [
     (["--device", "cuda:9"], "--device"),
     (["--resume", "nowhere"], "nowhere"),
     (["--resume", "nowhere", "--seed", "3"], "no other flag"),
+    (["--evaluate", "nowhere", "--seed", "3"], "--eval-episodes"),
 ]
 
 

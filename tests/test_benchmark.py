@@ -40,13 +40,16 @@ def run(repository, *command):
 
 
 def test_a_matrix_is_resumed_after_its_time_limit_and_reported(repository):
+    killed = repository / "benchmark/scratch/short/small__Pendulum-v1__1/runs/killed_before_its_first_checkpoint"
+    killed.mkdir(parents=True)
+    (killed / "episodes.csv").write_text("step,return,length,wall_time\n")
     stopped = run(repository, "benchmark/run.py", "short.toml", "--time-limit", "8s", "--shard", "1/2")
     if stopped.returncode:  # the time was too short for the run, as it should be on most machines
         assert "0 of 1 runs finished" in stopped.stdout
     assert run(repository, "benchmark/run.py", "short.toml").returncode == 0
     results = sorted(path.name for path in (repository / "benchmark/results/short").iterdir())
     assert results == ["mean__Pendulum-v1__1.csv", "small__Pendulum-v1__1.csv"]
-    assert len(list(repository.glob("benchmark/scratch/short/small__Pendulum-v1__1/runs/*"))) == 1  # resumed, not repeated
+    assert len(list(killed.parent.glob("*/checkpoint.pt"))) == 1  # resumed, not repeated
     lines = (repository / "benchmark/results/short/small__Pendulum-v1__1.csv").read_text().splitlines()
     shares = [float(share) for line in lines[2:] if (share := line.split(",")[4])]
     assert shares and all(0 <= share <= 1 for share in shares)

@@ -438,6 +438,7 @@ BAD_INPUT = [
     (["--resume", "nowhere"], "nowhere"),
     (["--evaluate", "nowhere"], "nowhere"),
     (["--resume", "nowhere", "--seed", "3"], "no other flag"),
+    (["--evaluate", "nowhere", "--env-id", "Hopper-v4"], "--eval-episodes"),
 ]
 
 

@@ -218,6 +218,7 @@ BAD_INPUT = [
     (["--resume", "nowhere"], "nowhere"),
     (["--resume", "nowhere", "--seed", "3"], "no other flag"),
     (["--evaluate", "nowhere"], "nowhere"),
+    (["--evaluate", "nowhere", "--seed", "3"], "--eval-episodes"),
 ]
 if importlib.util.find_spec("isaaclab") is None:
     BAD_INPUT.append((["--task", "Isaac-Humanoid"], "pip install -r requirements-isaaclab.txt"))
