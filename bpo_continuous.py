@@ -7,7 +7,8 @@ PPO asks how far a policy may move and clips it there. BPO asks where it should 
     μ  = argmin_u E_{a∼π₀}[ λ·softplus((Q−u)/λ) − ½(Q−u) ]            the soft median of Q, which makes E_{π₀}[ρ*] = 1
     L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = Q(s,a) − V(s)            the policy loss
 
-Q is the GAE(λ) return of the action taken. Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
+Q is the GAE(λ) return of the one action taken: noisy, so that with a small λ nearly every target is an edge of the band.
+Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
     python bpo_continuous.py --env-id Humanoid-v4                   trains; all goes to runs/<env>__<script>__<seed>__<time>/
     python bpo_continuous.py --env-id Humanoid-v4 --preset paper    the same with the authors' hyperparameters for this task

@@ -338,6 +338,7 @@ def rebuild():
             replace_block(page, f"aggregates {name}", picture + aggregates_table(results))
             if name == "all":
                 replace_block(readme, "aggregates", aggregates_table(results))
+    replace_block(page, "first look", returns_table(read_results(matrix["first_look"])))
     first_proof = read_results(matrix["first_proof"])
     draw_curves(first_proof, figures / "first_proof.png")
     replace_block(page, "first proof", returns_table(first_proof))
