@@ -221,8 +221,8 @@ def claim_improvement(mdp, policy, args, axes):
         errors = (abs(measured - predicted) / measured)[measured > 1e-5 * scale]  # below, rounding of J rules
         axes[0].semilogy(measured.clip(1e-15), "o", markersize=4, label=f"measured, λ = {temperature or 0:g}")
         axes[0].semilogy(predicted.clip(1e-15), "-", linewidth=1, label=f"theorem, λ = {temperature or 0:g}")
-        kept = f"{len(errors)} of {len(measured)} steps, those that gain 1e-5·max|J|"
-        rows.append((f"Improvement, λ = {temperature or 0:g}", f"relative error of the theorem, {kept}: largest", errors.max()))
+        kept = f"{len(errors)} of {len(measured)} steps (gain > 1e-5·max|J|)"
+        rows.append((f"Improvement, λ = {temperature or 0:g}", f"relative error, {kept}: largest", errors.max()))
         rows.append(("… is monotonic", "(J(π₊) − J(π)) / max|J|: smallest", measured.min() / scale))
     *_, (_, value, _) = policy_iteration(mdp, policy, 6 * args.iterations, args.epsilon)
     rows.append(("… converges", f"(J* − J) / |J*| after {6 * args.iterations} hard steps", (optimum - value) / abs(optimum)))
