@@ -86,10 +86,15 @@ def read_run(path, total_timesteps):
 
 
 def read_evaluations(path):
-    """Scores on held-out questions before and after a run of gbpo_llm.py: (pass@1, mean of sampled answers) twice, (2, 2)."""
+    """A run of gbpo_llm.py on held-out questions: (pass@1, mean of sampled answers) before and after, (2, 2).
+
+    And the mean reward in the last quarter of its training.
+    """
     with open(path) as file:
-        rows = [row for row in csv.DictReader(line for line in file if line[0] != "#") if row["pass@1"]]
-    return np.array([[float(row["pass@1"]), float(row["mean"])] for row in (rows[0], rows[-1])])
+        rows = list(csv.DictReader(line for line in file if line[0] != "#"))
+    rewards = [float(row["return"]) for row in rows if row["return"]]
+    before, *_, after = [(float(row["pass@1"]), float(row["mean"])) for row in rows if row["pass@1"]]
+    return np.array([before, after]), np.mean(rewards[-len(rewards) // 4 :])
 
 
 def read_results(*matrices):
@@ -255,14 +260,17 @@ def aggregates_table(results, arm="bpo", reference="ppo"):
 
 
 def evaluations_table(path):
-    """Markdown: a row an arm of a matrix of gbpo_llm.py, scores on held-out questions before and after, and the gain."""
+    """Markdown: a row an arm of a matrix of gbpo_llm.py, its reward, and held-out scores."""
     matrix = tomllib.loads(path.read_text())
-    lines = ["| arm | greedy, before → after | gain | sampled, before → after | gain | seeds |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| arm | reward in training, last quarter | greedy, before → after | gain | sampled, before → after | gain | seeds |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
     for arm in matrix["arms"]:
         files = sorted((BENCHMARK / "results" / path.stem).glob(f"{arm}__*.csv"))
         if files:
-            scores = np.array([read_evaluations(file) for file in files])  # (seeds, before or after, greedy or sampled)
-            cells = []
+            scores, rewards = map(np.array, zip(*map(read_evaluations, files)))  # (seeds, before or after, greedy or sampled)
+            cells = [f"{rewards.mean():.3f}"]
             for kind in range(2):
                 before, after = scores[:, :, kind].T
                 mean, (low, high) = mean_and_interval(after - before)
