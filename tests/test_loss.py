@@ -1,6 +1,8 @@
 """The losses against the equations of the paper, and GAE against sums written out."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
+import bpo_continuous as bpo
 from bpo_continuous import bpo_loss, gae, median_loss, target_ratio
 from ppo_baseline import clipped_value_loss, ppo_loss
 
+ROOT = Path(__file__).resolve().parent.parent
 EPSILONS = st.floats(0.01, 0.99)
 TEMPERATURES = st.floats(1e-3, 1e2)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -152,3 +156,29 @@ def test_at_the_best_action_a_reached_target_shrinks_the_variance_of_a_gaussian(
         ratio = target_ratio(scale * (-(z**2) - threshold), 0.3, 1e-6)
         assert (density * ratio).sum() == pytest.approx(1, abs=1e-4)
         assert (density * ratio * z**2).sum() == pytest.approx(1 - 0.857 * 0.3, abs=1e-3)
+
+
+def test_the_readme_s_lines_are_the_script_s_and_its_patch_of_ppo_gives_the_same_loss():
+    """README.md's first block is bpo_continuous.py's without docstrings, its second one a minibatch's loss."""
+    functions, patch = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = [line.split("  #")[0] for line in functions.splitlines()]
+    script = [line.split("  #")[0] for line in (ROOT / "bpo_continuous.py").read_text().splitlines()]
+    assert set(code) <= set(script)
+    torch.manual_seed(0)
+    obs, returns, ratio = torch.randn(64, 3), torch.randn(64), (0.2 * torch.randn(64)).exp()
+    critic = torch.nn.Linear(3, 2)
+    names = {"torch": torch, "F": torch.nn.functional, "critic": critic, "obs": obs, "returns": returns, "ratio": ratio}
+    exec(functions, names)
+    values, median_values = critic(obs).unbind(-1)
+    names["value_loss"] = 0.5 * (values - returns).square().mean()
+    exec(patch, names)
+
+    class Agent:
+        log_prob = staticmethod(lambda obs, actions: ratio.log())
+        get_values = staticmethod(lambda obs: (values, median_values))
+        entropy = staticmethod(lambda: torch.zeros(()))
+
+    batch = {"obs": obs, "actions": None, "logprobs": torch.zeros(64), "returns": returns}
+    losses = bpo.minibatch_losses(Agent, batch, bpo.Args())
+    coefs = bpo.loss_coefficients(bpo.Args()).values()
+    torch.testing.assert_close(names["loss"], sum(coef * loss for coef, loss in zip(coefs, losses)))
