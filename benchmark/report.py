@@ -203,7 +203,7 @@ def draw_aggregates(results, path, arm="bpo", reference="ppo"):
 
 
 def draw_epochs(results, path):
-    """Return, share of ratios outside the band and KL at the end of training by update epochs, a column a task."""
+    """By update epochs, a column a task: return at the end, share of ratios outside the band and KL of the mean update."""
     quantities = {"return": "episodic return", "clipfrac": "share of ratios outside 1±ε", "approx_kl": "KL(π₀‖π) of an update"}
     figure, axes = plt.subplots(3, len(results.tasks), figsize=(4 * len(results.tasks), 8), layout="constrained", squeeze=False)
     for column, task in zip(axes.T, results.tasks):
@@ -211,10 +211,14 @@ def draw_epochs(results, path):
             for loss in dict.fromkeys(arm.split("-")[0] for arm in results.arms):
                 arms = [arm for arm in results.arms if arm.startswith(f"{loss}-") and task in results.arms[arm]]
                 epochs = [int(arm.split("-")[1]) for arm in arms]
-                means, intervals = zip(*(mean_and_interval(results.arms[arm][task][quantity][:, -1]) for arm in arms))
+                runs = [results.arms[arm][task][quantity] for arm in arms]  # (seeds, 100) each
+                scalars = [run[:, -1] if quantity == "return" else np.nanmean(run, axis=1) for run in runs]
+                means, intervals = zip(*map(mean_and_interval, scalars))
                 errors = np.abs(np.array(intervals).T - means)
                 axis.errorbar(epochs, means, errors, color=COLORS[loss], label=loss, capsize=3, marker="o")
             axis.set(xscale="log", xticks=epochs, xticklabels=epochs, ylabel=label)
+            if quantity == "approx_kl":
+                axis.set_yscale("log")
             axis.minorticks_off()
             axis.grid(alpha=0.3)
         column[0].set_title(task)
@@ -352,7 +356,7 @@ def rebuild():
     replace_block(page, "first proof", returns_table(first_proof))
     screening = read_results(matrix["screening"]).only()
     replace_block(page, "changes", changes_table(screening, tomllib.loads(matrix["screening"].read_text())["changes"]))
-    for name in ("screening", "search", "search_long", "search_late"):
+    for name in ("screening", "search", "search_long", "search_late", "search_epochs"):
         if (found := read_results(matrix[name])).only().tasks:
             replace_block(page, name, search_table(found))
     replace_block(page, "median head", returns_table(read_results(matrix["median_head"])))
@@ -369,7 +373,8 @@ def rebuild():
                 replace_block(readme, name, evaluations_table(matrix[name]))
     if (epochs := read_results(matrix["epochs"]).only()).tasks:
         draw_epochs(epochs, figures / "epochs.png")
-        replace_block(page, "epochs", "![Return, share of ratios outside the band and KL by epochs](results/epochs.png)")
+        picture = "![Return, share of ratios outside the band and KL by epochs](results/epochs.png)\n\n"
+        replace_block(page, "epochs", picture + returns_table(epochs))
 
 
 def main():
