@@ -86,10 +86,7 @@ def read_run(path, total_timesteps):
 
 
 def read_evaluations(path):
-    """A run of gbpo_llm.py on held-out questions: (pass@1, mean of sampled answers) before and after, (2, 2).
-
-    And the mean reward in the last quarter of its training.
-    """
+    """Of a run of gbpo_llm.py: held-out (pass@1, mean of samples) before and after, (2, 2); its reward in the last quarter."""
     with open(path) as file:
         rows = list(csv.DictReader(line for line in file if line[0] != "#"))
     rewards = [float(row["return"]) for row in rows if row["return"]]

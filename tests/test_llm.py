@@ -547,6 +547,14 @@ def test_two_processes_cut_the_model_among_them_with_fsdp_and_learn_the_same(fla
     assert resumed["asked"] == first["asked"][2:] and same_weights(first, resumed)
 
 
+def test_the_first_fsdp_is_refused_in_one_line(monkeypatch):
+    first = type("FirstFSDP", (), {"distributed_type": gbpo.DistributedType.FSDP, "is_fsdp2": False})
+    monkeypatch.setattr(gbpo, "Accelerator", lambda **_: first)
+    with pytest.raises(SystemExit, match="fsdp_version: 2") as error:
+        gbpo.prepare(SMALL)
+    assert "\n" not in str(error.value)
+
+
 def write(folder, name, text):
     path = folder / name
     path.write_text(text)
