@@ -9,6 +9,14 @@ once, one after the other, so that a drift of the machine's speed meets them ali
     python benchmark/throughput.py --scaling    steps per second of bpo_continuous.py by --num-envs, on all cores
     python benchmark/throughput.py --update     time of a BPO update as a multiple of a PPO update, without environment
     python benchmark/throughput.py --atari      bpo_atari.py against Stable-Baselines3 on Pong, all cores, the paper's row
+
+CleanRL joins in, its hidden layers 64 wide, where a checkout of it has an environment of its own, as it needs old simulators:
+
+    git clone https://github.com/vwxyzjn/cleanrl && python3.10 -m venv cleanrl/.venv
+    cleanrl/.venv/bin/pip install torch==2.13.0 gymnasium==0.29.1 mujoco==2.3.3 "imageio<3" gym==0.23.1 envpool==0.6.6 \
+        "numpy<2" tyro tensorboard
+    python benchmark/throughput.py --cleanrl cleanrl --hidden-size 64
+    python benchmark/throughput.py --cleanrl cleanrl --atari
 """
 
 import json
@@ -89,6 +97,15 @@ seconds = time.perf_counter() - start
 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({{"seconds": seconds, "megabytes": memory / 1024}}))
 """
+# CleanRL's clock starts with its first environment step too; it prints steps per second after each update.
+CLEANRL = """
+import json, resource, subprocess, sys
+command = [{python!r}, *{words!r}]
+lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+speed = int([line.split()[1] for line in lines if line.startswith("SPS:")][-1])
+memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(json.dumps({{"seconds": {steps} / speed, "megabytes": memory / 1024}}))
+"""
 
 
 @dataclass
@@ -100,6 +117,7 @@ class Args:
     scaling: bool = False  # measure --num-envs 1, 4 and 16 instead, synchronous and asynchronous
     update: bool = False  # measure the updates alone instead
     atari: bool = False  # measure Pong instead
+    cleanrl: Path | None = None  # a checkout of CleanRL with its own .venv, to be measured too
 
 
 def measure(program, cores):
@@ -138,6 +156,15 @@ def main():
     def ours(script, **changes):
         return OURS.format(root=str(ROOT), script=script, flags=flags | changes)
 
+    def cleanrl(script, *words):
+        if not args.cleanrl:
+            return {}
+        python, path = args.cleanrl.absolute() / ".venv/bin/python", args.cleanrl.absolute() / "cleanrl" / script
+        if not (python.exists() and path.exists()):
+            sys.exit(f"throughput.py: --cleanrl {args.cleanrl} needs {python} and {path}: see the top of this file")
+        words = [str(path), *words, "--no-cuda", "--total-timesteps", str(args.steps)]
+        return {f"CleanRL {script}": CLEANRL.format(python=str(python), words=words, steps=args.steps)}
+
     if args.update:
         median, low, high = measure(UPDATE.format(root=str(ROOT), hidden_size=args.hidden_size, rounds=args.rounds), 1)
         print(f"a BPO update takes {median:.2f} times a PPO update (median of {args.rounds} pairs, {low:.2f}–{high:.2f})")
@@ -145,6 +172,7 @@ def main():
         flags = {"env_id": "PongNoFrameskip-v4", "total_timesteps": args.steps, "update_epochs": 5, "device": "cpu"}
         programs = {f"bpo_atari.py --loss {loss}": ours("bpo_atari", loss=loss) for loss in ("bpo", "ppo")}
         programs["bpo_atari.py --amp"] = ours("bpo_atari", amp=True)
+        programs |= cleanrl("ppo_atari_envpool.py", "--env-id", "Pong-v5", "--update-epochs", "5")
         sb3 = ATARI_SB3.format(steps=args.steps)
         compare(programs | {"Stable-Baselines3 PPO": sb3}, args.steps, args.rounds, len(os.sched_getaffinity(0)))
     elif args.scaling:
@@ -155,11 +183,14 @@ def main():
                 programs[name] = ours("bpo_continuous", num_envs=num_envs, num_steps=2048 // num_envs, async_envs=async_envs)
         compare(programs, args.steps, args.rounds, os.cpu_count())
     else:
+        if args.cleanrl and args.hidden_size != 64:
+            sys.exit("throughput.py: CleanRL's hidden layers are 64 wide: add --hidden-size 64")
         sb3 = SB3.format(env_id=args.env_id, hidden_size=args.hidden_size, steps=args.steps)
         programs = {}
         for script in ("bpo_continuous", "ppo_baseline"):
             for flag, on in ((" --compile", True), ("", False)):
                 programs[f"{script}.py{flag}"] = ours(script, compile=on)
+        programs |= cleanrl("ppo_continuous_action.py", "--env-id", args.env_id)
         compare(programs | {"Stable-Baselines3 PPO": sb3}, args.steps, args.rounds, 1)
 
 
