@@ -13,7 +13,7 @@ Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
     python bpo_atari.py --env-id ALE/Pong-v5                    trains; all goes to runs/<env>__<script>__<seed>__<time>/
     python bpo_atari.py --env-id ALE/Pong-v5 --loss ppo         the same loop with PPO's clip and the authors' PPO settings
-    python bpo_atari.py --resume runs/<run>                     goes on with an interrupted run, to the very same weights
+    python bpo_atari.py --resume runs/<run>                     goes on with an interrupted run, to the same weights on a CPU
     python bpo_atari.py --evaluate runs/<run> --capture-video   plays and films what was learned
 """
 
@@ -73,15 +73,15 @@ class Args:
     vf_coef: float = 1.0  # coefficient of the value loss ½(R̂−V)²
     median_coef: float = 0.5  # coefficient of the median loss
     ent_coef: float = 1e-3  # coefficient of the entropy bonus
-    max_grad_norm: float = 1.0  # longest gradient, all parameters taken as one vector
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm, taken over all parameters
 
     checkpoint_every: int = 20  # iterations between checkpoints
     eval_episodes: int = 10  # whole games played at the end
-    capture_video: bool = False  # film a game of the evaluation as mp4 into the run folder
+    capture_video: bool = False  # film one more game as mp4 into the run folder
     track: bool = False  # log to Weights & Biases as well
-    wandb_project_name: str = "brrl"  # its project
-    wandb_entity: str | None = None  # its team
-    resume: str | None = None  # run folder to go on with; the configuration is its own
+    wandb_project_name: str = "brrl"  # wandb project
+    wandb_entity: str | None = None  # wandb team
+    resume: str | None = None  # run folder to go on with, under its own configuration; takes no other flag
     evaluate: str | None = None  # run folder whose policy is played; nothing is trained
 
 
@@ -105,15 +105,10 @@ def check_env_id(env_id):
     games = [name for name in games if name.endswith("-v5") or name.endswith("NoFrameskip-v4")]
     if env_id in games:
         game = dict(gym.spec(env_id).kwargs)
-        try:
-            rom = ale_py.roms.get_rom_path(game["game"])
-        except Exception as error:
-            sys.exit(
-                f"{SCRIPT}: the ROM of {env_id} can't be read ({error}); pip install --force-reinstall ale-py brings it back"
-            )
-        if rom is None:
-            sys.exit(f"{SCRIPT}: the ROM of {env_id} is missing; pip install --force-reinstall ale-py brings it back")
-        return game
+        with contextlib.suppress(Exception):  # a ROM that is there but damaged raises
+            if ale_py.roms.get_rom_path(game["game"]):
+                return game
+        sys.exit(f"{SCRIPT}: the ROM of {env_id} is missing or damaged; pip install --force-reinstall ale-py brings it back")
     if "ram" in env_id.lower().split("-"):
         sys.exit(f"{SCRIPT}: {env_id} observes the console's memory, this script takes images: leave the -ram away")
     matches = ", ".join(difflib.get_close_matches(env_id, games, cutoff=0.5)) or "ALE/Pong-v5, PongNoFrameskip-v4, …"
@@ -133,7 +128,7 @@ class AtariEnvs(AtariVectorEnv):
 
     reseed_after = 10_000
 
-    def __init__(self, env_id, num_envs, life_loss=True, num_threads=0):
+    def __init__(self, env_id, num_envs, num_threads=0, life_loss=True):
         game = check_env_id(env_id)
         super().__init__(game["game"], num_envs, repeat_action_probability=game["repeat_action_probability"],
                          max_num_frames_per_episode=game["max_num_frames_per_episode"], reward_clipping=False,
@@ -156,7 +151,7 @@ class AtariEnvs(AtariVectorEnv):
         self.frames = infos["episode_frame_number"]
         old = infos["game_over"] & (np.array([len(played) for played in self.actions]) > self.reseed_after)
         if old.any():
-            self.seeds[old] += self.num_envs
+            self.seeds[old] += 1000  # far from those of runs with other seeds
             for i in np.flatnonzero(old):
                 self.actions[i].clear()
             obs, reset_infos = self.reset(seed=self.seeds[old], options={"reset_mask": old})
@@ -181,14 +176,13 @@ class AtariEnvs(AtariVectorEnv):
 
 def film_game(agent, args, run_dir):
     """Plays one game in gymnasium's own Atari wrappers, which can be filmed; writes runs/<run>/videos/*.mp4."""
-    game = check_env_id(args.env_id)
-    env = gym.make(
-        args.env_id, frameskip=1, repeat_action_probability=game["repeat_action_probability"], render_mode="rgb_array"
-    )
+    env = gym.make(args.env_id, frameskip=1, render_mode="rgb_array")
     env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"), name_prefix="eval", fps=60)
     env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4, padding_type="zero")
     generator = torch.Generator().manual_seed(args.seed)
     obs, _ = env.reset(seed=args.seed)
+    if "FIRE" in env.unwrapped.get_action_meanings():
+        obs, *_ = env.step(1)
     done = False
     while not done:
         noise = gumbel(1, env.action_space.n, generator=generator).to(args.device)
@@ -406,7 +400,7 @@ def new_run_dir(args):
     """Makes runs/<env>__<script>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
     stamp = int(time.time())
     while True:
-        run_dir = Path("runs") / f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{stamp}"
+        run_dir = Path("runs") / f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{stamp}"
         with contextlib.suppress(FileExistsError):
             run_dir.mkdir(parents=True)
             return run_dir
@@ -444,13 +438,11 @@ def load_checkpoint(run_dir):
         sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
-        args = Args(**checkpoint["args"]) if script == SCRIPT else None
+        if checkpoint["script"] == SCRIPT:
+            return checkpoint | {"args": Args(**checkpoint["args"])}
     except Exception as error:  # damage shows in many ways
         sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
-    if script != SCRIPT:
-        sys.exit(f"{SCRIPT}: {run_dir} is a run of {script}.py")
-    return checkpoint | {"args": args}
+    sys.exit(f"{SCRIPT}: {run_dir} is a run of {checkpoint['script']}.py")
 
 
 def append_episodes(path, size, rows):
@@ -472,11 +464,10 @@ def plot_learning_curve(run_dir, title):
 
     rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
     steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
-    sums, last = np.insert(returns.cumsum(), 0, 0.0), np.arange(1, len(returns) + 1)
-    first = np.maximum(last - 20, 0)
+    means = [returns[max(0, i - 20) : i].mean() for i in range(1, len(returns) + 1)]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, returns, ".", alpha=0.25, label="episode")
-    axes.plot(steps, (sums[last] - sums[first]) / (last - first), color="tab:blue", label="mean of the last 20 episodes")
+    axes.plot(steps, means, color="tab:blue", label="mean of the last 20 episodes")
     axes.set(xlabel="environment steps", ylabel="return (undiscounted)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -486,11 +477,11 @@ def plot_learning_curve(run_dir, title):
 
 def evaluate(weights, args, run_dir):
     """Plays `eval_episodes` whole games, actions sampled from the policy; prints and returns their scores."""
-    envs = AtariEnvs(args.env_id, args.eval_episodes, life_loss=False)
+    envs = AtariEnvs(args.env_id, args.eval_episodes, args.num_threads, life_loss=False)
     agent = Agent(envs.single_action_space.n, args).to(args.device)
     agent.load_state_dict(weights)
     generator = torch.Generator().manual_seed(args.seed)
-    obs = envs.seeded_reset(args.seed + 1_000_000 + np.arange(args.eval_episodes))
+    obs = envs.seeded_reset(args.seed + 50_000 + 100_000 * np.arange(args.eval_episodes))
     returns, over = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
     while not over.all():
         noise = gumbel(args.eval_episodes, envs.single_action_space.n, generator=generator).to(args.device)
@@ -525,9 +516,7 @@ def check_args(args):
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError):
-        sys.exit(
-            f"{SCRIPT}: --device {args.device} is not to be had here: {torch.cuda.device_count()} GPUs are visible, or take cpu"
-        )
+        sys.exit(f"{SCRIPT}: --device {args.device} is not to be had here: take cpu")
     check_loss_args(args)
 
 
@@ -561,7 +550,7 @@ def train(args):
         signal.signal(signum, signal.SIG_DFL)  # unless the signal comes again
 
     handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    envs = AtariEnvs(args.env_id, args.num_envs, num_threads=args.num_threads)
+    envs = AtariEnvs(args.env_id, args.num_envs, args.num_threads)
     num_actions = int(envs.single_action_space.n)
     agent = Agent(num_actions, args).to(args.device)
     optimizer = torch.optim.Adam([flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
@@ -576,17 +565,14 @@ def train(args):
         torch.set_rng_state(checkpoint["torch_rng"])
         state = convert(checkpoint["state"], torch.Tensor, torch.Tensor.numpy)
         iteration, start_time, csv_size = state["iteration"], time.time() - state["seconds"], state["csv_size"]
-        random.setstate(state["python_rng"])
-        np.random.set_state(state["numpy_rng"])
         episode_return, episode_length = state["episodes"]
         next_obs = envs.replay(*state["games"])
     else:
-        next_obs = envs.seeded_reset(args.seed + np.arange(args.num_envs))
+        next_obs = envs.seeded_reset(args.seed + 100_000 * np.arange(args.num_envs))
 
     def save():
         actions = [np.frombuffer(played, np.uint8) for played in envs.actions]
         state = {"iteration": iteration, "seconds": time.time() - start_time, "csv_size": csv_size,
-                 "python_rng": random.getstate(), "numpy_rng": np.random.get_state(),
                  "games": (envs.seeds, actions), "episodes": (episode_return, episode_length)}  # fmt: skip
         save_checkpoint(run_dir, {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "state": state,
                                   "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()})  # fmt: skip
@@ -601,15 +587,15 @@ def train(args):
     rewards = np.zeros(shape)
     terminations, truncations = np.zeros(shape, bool), np.zeros(shape, bool)
     writer = SummaryWriter(run_dir, purge_step=iteration * batch_size + 1)
-    rows, recent_returns = [], deque(maxlen=20)
+    unsaved, recent_returns, last = [], deque(maxlen=20), iteration == num_iterations
     progress = tqdm(total=num_iterations * batch_size, initial=iteration * batch_size, unit=" steps", disable=None)
 
-    while iteration < num_iterations and not stopped_by:
+    while not last:
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
 
         # Rollout.
-        noise, cut_off = gumbel(*shape, num_actions).to(args.device), []
+        noise, cut_off, rows = gumbel(*shape, num_actions).to(args.device), [], []
         for step in range(args.num_steps):
             screens.numpy()[:] = next_obs.transpose(0, 2, 3, 1)
             obs[step].copy_(screens, non_blocking=True)
@@ -641,10 +627,13 @@ def train(args):
         try:
             metrics = update(agent, optimizer, batch, args)
         except FloatingPointError as error:
+            envs.close()
             sys.exit(f"{SCRIPT}: stopped at step {global_step}: {error}. {run_dir} keeps the last good checkpoint")
 
         # Log and save. A full disk costs records, never the training.
+        last = iteration == num_iterations or bool(stopped_by)
         recent_returns.extend(score for _, score, _, _ in rows)
+        unsaved += rows
         with contextlib.suppress(OSError):
             for step, score, length, _ in rows:
                 writer.add_scalar("charts/episodic_return", score, step)
@@ -653,13 +642,14 @@ def train(args):
                 writer.add_scalar(f"losses/{name}", value, global_step)
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
             writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
+            writer.flush()
         try:
-            csv_size = append_episodes(run_dir / "episodes.csv", csv_size, rows)
-            rows.clear()
-            if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stopped_by:
+            csv_size = append_episodes(run_dir / "episodes.csv", csv_size, unsaved)
+            unsaved.clear()
+            if last or iteration % args.checkpoint_every == 0:
                 save()
         except OSError as error:
-            tqdm.write(f"{SCRIPT}: not saved at step {global_step} ({error}); training goes on", file=sys.stderr)
+            tqdm.write(f"{SCRIPT}: not saved at step {global_step}: {error}", file=sys.stderr)
         progress.set_postfix({"return": f"{np.mean(recent_returns):.1f}" if recent_returns else "-"}, refresh=False)
         progress.update(batch_size)
 
@@ -670,8 +660,9 @@ def train(args):
     if stopped_by:
         print(f"stopped at step {iteration * batch_size}; to go on: python {SCRIPT}.py --resume {run_dir}")
         sys.exit(128 + stopped_by[0])
+    scores = evaluate(agent.state_dict(), args, run_dir)
     with contextlib.suppress(OSError):
-        for episode, score in enumerate(evaluate(agent.state_dict(), args, run_dir)):
+        for episode, score in enumerate(scores):
             writer.add_scalar("eval/episodic_return", score, episode)
         writer.close()
     plot_learning_curve(run_dir, f"{args.env_id}, {SCRIPT}, seed {args.seed}")
@@ -697,7 +688,7 @@ def main():
         try:
             train(args)
         except OSError as error:
-            sys.exit(f"{SCRIPT}: {error}: is there room and permission to write in {Path('runs').absolute()}?")
+            sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ gym.logger.min_level = gym.logger.ERROR  # the paper's tasks are v4, which gymna
 @dataclass
 class Args:
     env_id: str = "HalfCheetah-v4"  # gymnasium id of the task
-    preset: Literal["default", "paper"] = "default"  # one for all tasks, or the authors' for this one
+    preset: Literal["default", "paper"] = "default"  # hyperparameters: one set for all tasks, or the authors' for this task
     seed: int = 1  # seed of networks, policy noise and environments
     total_timesteps: int = 1_000_000  # environment steps in all
     num_envs: int = 1  # parallel environments
@@ -69,13 +69,13 @@ class Args:
     epsilon: float = 0.3  # half-width ε of the band the ratio is to stay in
     temperature: float = 1e-3  # λ, in (normalised) returns: advantages well above it ask for the band's edge
     use_median: bool = True  # threshold at the soft median μ(s); --no-use-median: at the mean V(s), the paper's ablation
-    median_head: Literal["shared", "separate"] = "shared"  # second output of the critic, or own MLP on it
+    median_head: Literal["shared", "separate"] = "shared"  # μ is the critic's second output, or an MLP on its features
     median_temperature: float | None = None  # of the median loss; none: λ, as in theory; authors: 1
     norm_adv: bool = True  # divide the weight |A| by the minibatch's standard deviation of A (it is not centred)
     vf_coef: float = 0.5  # coefficient of the value loss ½(R̂−V)²
     median_coef: float = 0.5  # coefficient of the median loss
     ent_coef: float = 3e-3  # coefficient of the entropy bonus
-    max_grad_norm: float = 0.5  # longest gradient, all parameters taken as one vector
+    max_grad_norm: float = 0.5  # gradients are clipped to this norm, taken over all parameters
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = True  # divide rewards by the running standard deviation of their discounted sum
     hidden_size: int = 64  # width of the two hidden layers
@@ -84,11 +84,11 @@ class Args:
 
     checkpoint_every: int = 10  # iterations between checkpoints
     eval_episodes: int = 10  # episodes played without noise at the end
-    capture_video: bool = False  # film episodes as mp4 into the run folder
+    capture_video: bool = False  # film episodes 0, 1, 8, 27, … as mp4 into the run folder
     track: bool = False  # log to Weights & Biases as well
-    wandb_project_name: str = "brrl"  # its project
-    wandb_entity: str | None = None  # its team
-    resume: str | None = None  # run folder to go on with; the configuration is its own
+    wandb_project_name: str = "brrl"  # wandb project
+    wandb_entity: str | None = None  # wandb team
+    resume: str | None = None  # run folder to go on with, under its own configuration; takes no other flag
     evaluate: str | None = None  # run folder whose policy is played; nothing is trained
 
 
@@ -139,7 +139,9 @@ class Task(gym.Wrapper):
             state["physics"] = np.empty(mujoco.mj_stateSize(env.model, mujoco.mjtState.mjSTATE_INTEGRATION))
             mujoco.mj_getState(env.model, env.data, state["physics"], mujoco.mjtState.mjSTATE_INTEGRATION)
             # Rewards also read derived arrays, such as body positions, which MuJoCo leaves one substep behind its state.
-            state |= {f"data.{name}": getattr(env.data, name) for name in fixed_size_arrays(env.model)}
+            new = mujoco.MjData(env.model)  # those whose size depends on the contacts are empty in it
+            names = [name for name in dir(new) if isinstance(getattr(new, name), np.ndarray) and getattr(new, name).size]
+            state |= {f"data.{name}": getattr(env.data, name) for name in names}
         elapsed = self.get_wrapper_attr("_elapsed_steps") if self.has_wrapper_attr("_elapsed_steps") else None
         return state | {"elapsed_steps": elapsed, "rng": env.np_random.bit_generator.state}
 
@@ -156,13 +158,6 @@ class Task(gym.Wrapper):
                 setattr(env, key.removeprefix("env."), value[()] if isinstance(value, np.ndarray) else value)
             elif key.startswith("data."):
                 getattr(env.data, key.removeprefix("data."))[...] = value
-
-
-def fixed_size_arrays(model):
-    """Names of the arrays of MjData whose size doesn't depend on the contacts: those a new MjData has allocated."""
-    data = mujoco.MjData(model)
-    arrays = {name: getattr(data, name) for name in dir(data) if not name.startswith("_")}
-    return [name for name, array in arrays.items() if isinstance(array, np.ndarray) and array.size]
 
 
 class SyncEnvs(gym.vector.SyncVectorEnv):
@@ -194,9 +189,9 @@ def make_env(env_id, video_folder=None, name_prefix="train"):
         sys.exit(f"{SCRIPT}: {env_id} can't be made: {error}")
     space = env.observation_space
     if not isinstance(env.action_space, gym.spaces.Box):
-        sys.exit(f"{SCRIPT}: {env_id} has actions {env.action_space}, not a Box: bpo_atari.py is for discrete actions")
+        sys.exit(f"{SCRIPT}: {env_id} has actions {env.action_space}, not a Box: this script is for continuous actions")
     if isinstance(space, gym.spaces.Box) and (len(space.shape) > 2 or space.dtype == np.uint8):
-        sys.exit(f"{SCRIPT}: {env_id} observes images {space.shape}, this script takes vectors: bpo_atari.py is for images")
+        sys.exit(f"{SCRIPT}: {env_id} observes images {space.shape}, this script takes vectors")
     if not space.is_np_flattenable:
         sys.exit(f"{SCRIPT}: {env_id} has observations that can't be made a vector: {space}")
     if video_folder:
@@ -204,17 +199,15 @@ def make_env(env_id, video_folder=None, name_prefix="train"):
     return Task(gym.wrappers.FlattenObservation(env))
 
 
-def make_worker_env(*args):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    return make_env(*args)
-
-
 def make_envs(args, run_dir):
     """`num_envs` environments that reset themselves in the step that ends an episode, so no transition crosses a reset."""
     folders = [run_dir / "videos" if args.capture_video and i == 0 else None for i in range(args.num_envs)]
-    make, vectorise = (make_worker_env, gym.vector.AsyncVectorEnv) if args.async_envs else (make_env, SyncEnvs)
-    env_fns = [partial(make, args.env_id, folder) for folder in folders]
-    return vectorise(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    env_fns = [partial(make_env, args.env_id, folder, f"train-{int(time.time())}") for folder in folders]
+    vectorise = gym.vector.AsyncVectorEnv if args.async_envs else SyncEnvs
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit it: Ctrl-C is the main one's to handle
+    envs = vectorise(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    signal.signal(signal.SIGINT, handler)
+    return envs
 
 
 # Networks -------------------------------------------------------------------------------------------------------------
@@ -257,7 +250,7 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        # A zero output layer makes the first policy N(0, σ), whatever the observations and their normalisation.
+        # A zero output layer makes the first policy N(0, σ²), whatever the observations and their normalisation.
         self.actor_mean = hidden_layers(obs_dim, args).append(layer_init(nn.Linear(args.hidden_size, action_dim), 0.0))
         self.actor_logstd = nn.Parameter(torch.full((action_dim,), args.log_std_init))
         self.critic = hidden_layers(obs_dim, args)
@@ -460,7 +453,7 @@ def new_run_dir(args):
     """Makes runs/<env>__<script>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
     stamp = int(time.time())
     while True:
-        run_dir = Path("runs") / f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{stamp}"
+        run_dir = Path("runs") / f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{stamp}"
         with contextlib.suppress(FileExistsError):
             run_dir.mkdir(parents=True)
             return run_dir
@@ -498,13 +491,11 @@ def load_checkpoint(run_dir):
         sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
-        args = Args(**checkpoint["args"]) if script == SCRIPT else None
+        if checkpoint["script"] == SCRIPT:
+            return checkpoint | {"args": Args(**checkpoint["args"])}
     except Exception as error:  # damage shows in many ways
         sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
-    if script != SCRIPT:
-        sys.exit(f"{SCRIPT}: {run_dir} is a run of {script}.py")
-    return checkpoint | {"args": args}
+    sys.exit(f"{SCRIPT}: {run_dir} is a run of {checkpoint['script']}.py")
 
 
 def append_episodes(path, size, rows):
@@ -526,11 +517,10 @@ def plot_learning_curve(run_dir, title):
 
     rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
     steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
-    sums, last = np.insert(returns.cumsum(), 0, 0.0), np.arange(1, len(returns) + 1)
-    first = np.maximum(last - 20, 0)
+    means = [returns[max(0, i - 20) : i].mean() for i in range(1, len(returns) + 1)]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, returns, ".", alpha=0.25, label="episode")
-    axes.plot(steps, (sums[last] - sums[first]) / (last - first), color="tab:blue", label="mean of the last 20 episodes")
+    axes.plot(steps, means, color="tab:blue", label="mean of the last 20 episodes")
     axes.set(xlabel="environment steps", ylabel="return (undiscounted)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -609,7 +599,7 @@ def train(args):
 
     handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     envs = make_envs(args, run_dir)
-    next_obs, _ = envs.reset(seed=args.seed)
+    next_obs, _ = envs.reset(seed=[args.seed + 100_000 * i for i in range(args.num_envs)])
     obs_dim, action_dim = next_obs.shape[1], math.prod(envs.single_action_space.shape)
     low, high = (bound.reshape(args.num_envs, action_dim) for bound in (envs.action_space.low, envs.action_space.high))
     agent = Agent(obs_dim, action_dim, args)
@@ -629,8 +619,6 @@ def train(args):
         torch.set_rng_state(checkpoint["torch_rng"])
         state = convert(checkpoint["state"], torch.Tensor, torch.Tensor.numpy)
         iteration, start_time, csv_size = state["iteration"], time.time() - state["seconds"], state["csv_size"]
-        random.setstate(state["python_rng"])
-        np.random.set_state(state["numpy_rng"])
         if all(state["simulators"]):
             envs.set_attr("simulator_state", state["simulators"])
             next_obs, episode_return, episode_length, discounted = state["episodes"]
@@ -640,7 +628,6 @@ def train(args):
 
     def save():
         state = {"iteration": iteration, "seconds": time.time() - start_time, "csv_size": csv_size,
-                 "python_rng": random.getstate(), "numpy_rng": np.random.get_state(),
                  "simulators": list(envs.get_attr("simulator_state")),
                  "episodes": (next_obs, episode_return, episode_length, discounted)}  # fmt: skip
         save_checkpoint(run_dir, {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "state": state,
@@ -650,21 +637,21 @@ def train(args):
         save()
     policy = agent.numpy_policy()
     shape = (args.num_steps, args.num_envs)
-    obs = np.zeros((*shape, obs_dim), next_obs.dtype)
+    obs = np.zeros((*shape, obs_dim), np.result_type(next_obs, np.float32))
     final_obs = np.zeros_like(obs)  # what each action led to, before any reset
     actions = np.zeros((*shape, action_dim), np.float32)
     rewards, discounted_returns = np.zeros(shape), np.zeros(shape)
     terminations, truncations = np.zeros(shape, bool), np.zeros(shape, bool)
     writer = SummaryWriter(run_dir, purge_step=iteration * batch_size + 1)
-    rows, recent_returns = [], deque(maxlen=20)
+    unsaved, recent_returns, last = [], deque(maxlen=20), iteration == num_iterations
     progress = tqdm(total=num_iterations * batch_size, initial=iteration * batch_size, unit=" steps", disable=None)
 
-    while iteration < num_iterations and not stopped_by:
+    while not last:
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
 
         # Rollout. Only the actor runs here; values and log-probabilities of the whole rollout are one pass afterwards.
-        noise = (torch.randn(*shape, action_dim) * agent.actor_logstd.detach().exp()).numpy()
+        noise, rows = (torch.randn(*shape, action_dim) * agent.actor_logstd.detach().exp()).numpy(), []
         for step in range(args.num_steps):
             obs[step] = next_obs
             actions[step] = action = policy(next_obs) + noise[step]
@@ -702,15 +689,19 @@ def train(args):
         try:
             metrics = update(agent, optimizer, batch, args, estimate if args.reevaluate else None, gradient_function)
         except torch._dynamo.exc.TorchDynamoException as error:
+            envs.close()
             reason = " ".join(str(error).split("\n\n")[0].split())
             sys.exit(f"{SCRIPT}: --compile failed, train without it: {reason}. {run_dir} keeps the last checkpoint")
         except FloatingPointError as error:
+            envs.close()
             sys.exit(f"{SCRIPT}: stopped at step {global_step}: {error}. {run_dir} keeps the last good checkpoint")
         if iteration > 1:
             agent.obs_rms.update(torch.from_numpy(obs).flatten(0, 1))
 
         # Log and save. A full disk costs records, never the training.
+        last = iteration == num_iterations or bool(stopped_by)
         recent_returns.extend(score for _, score, _, _ in rows)
+        unsaved += rows
         with contextlib.suppress(OSError):
             for step, score, length, _ in rows:
                 writer.add_scalar("charts/episodic_return", score, step)
@@ -719,13 +710,14 @@ def train(args):
                 writer.add_scalar(f"losses/{name}", value, global_step)
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
             writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
+            writer.flush()
         try:
-            csv_size = append_episodes(run_dir / "episodes.csv", csv_size, rows)
-            rows.clear()
-            if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stopped_by:
+            csv_size = append_episodes(run_dir / "episodes.csv", csv_size, unsaved)
+            unsaved.clear()
+            if last or iteration % args.checkpoint_every == 0:
                 save()
         except OSError as error:
-            tqdm.write(f"{SCRIPT}: not saved at step {global_step} ({error}); training goes on", file=sys.stderr)
+            tqdm.write(f"{SCRIPT}: not saved at step {global_step}: {error}", file=sys.stderr)
         progress.set_postfix({"return": f"{np.mean(recent_returns):.1f}" if recent_returns else "-"}, refresh=False)
         progress.update(batch_size)
 
@@ -736,8 +728,9 @@ def train(args):
     if stopped_by:
         print(f"stopped at step {iteration * batch_size}; to go on: python {SCRIPT}.py --resume {run_dir}")
         sys.exit(128 + stopped_by[0])
+    scores = evaluate(agent.state_dict(), args, run_dir)
     with contextlib.suppress(OSError):
-        for episode, score in enumerate(evaluate(agent.state_dict(), args, run_dir)):
+        for episode, score in enumerate(scores):
             writer.add_scalar("eval/episodic_return", score, episode)
         writer.close()
     plot_learning_curve(run_dir, f"{args.env_id}, {SCRIPT}, seed {args.seed}")
@@ -765,7 +758,7 @@ def main():
         try:
             train(args)
         except OSError as error:
-            sys.exit(f"{SCRIPT}: {error}: is there room and permission to write in {Path('runs').absolute()}?")
+            sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
 
 
 if __name__ == "__main__":

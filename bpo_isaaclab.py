@@ -563,13 +563,11 @@ def load_checkpoint(run_dir):
         sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
-        args = Args(**checkpoint["args"]) if script == SCRIPT else None
+        if checkpoint["script"] == SCRIPT:
+            return checkpoint | {"args": Args(**checkpoint["args"])}
     except Exception as error:  # damage shows in many ways
         sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
-    if script != SCRIPT:
-        sys.exit(f"{SCRIPT}: {run_dir} is a run of {script}.py")
-    return checkpoint | {"args": args}
+    sys.exit(f"{SCRIPT}: {run_dir} is a run of {checkpoint['script']}.py")
 
 
 def append_episodes(path, size, rows):
@@ -591,11 +589,10 @@ def plot_learning_curve(run_dir, title):
 
     rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
     steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
-    sums, last = np.insert(returns.cumsum(), 0, 0.0), np.arange(1, len(returns) + 1)
-    first = np.maximum(last - 20, 0)
+    means = [returns[max(0, i - 20) : i].mean() for i in range(1, len(returns) + 1)]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, returns, ".", alpha=0.25, label="episode")
-    axes.plot(steps, (sums[last] - sums[first]) / (last - first), color="tab:blue", label="mean of the last 20 episodes")
+    axes.plot(steps, means, color="tab:blue", label="mean of the last 20 episodes")
     axes.set(xlabel="environment steps", ylabel="return (undiscounted)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -353,7 +353,7 @@ def rebuild():
     replace_block(page, "first proof", returns_table(first_proof))
     screening = read_results(matrix["screening"]).only()
     replace_block(page, "changes", changes_table(screening, tomllib.loads(matrix["screening"].read_text())["changes"]))
-    for name in ("screening", "search", "search_long", "search_late", "search_epochs"):
+    for name in ("screening", "search", "search_long", "search_late", "search_epochs", "search_entropy"):
         if (found := read_results(matrix[name])).only().tasks:
             replace_block(page, name, search_table(found))
     replace_block(page, "median head", returns_table(read_results(matrix["median_head"])))

@@ -291,27 +291,18 @@ def test_a_killed_run_resumes_to_the_same_weights_and_episodes(script, more, tmp
     assert episodes(finished) == episodes(killed) and len(episodes(killed)) > 20
 
 
-def test_sigterm_saves_and_asynchronous_environments_resume_too(tmp_path):
-    flags = [
-        *FLAGS,
-        "--env-id",
-        "Hopper-v4",
-        "--num-envs",
-        2,
-        "--async-envs",
-        "--total-timesteps",
-        512 * 16,
-        "--checkpoint-every",
-        1,
-    ]
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_asynchronous_environments_resume_too(signum, tmp_path):
+    flags = [*FLAGS, "--env-id", "Hopper-v4", "--num-envs", 2, "--async-envs", "--total-timesteps", 512 * 16]
+    flags += ["--checkpoint-every", 1]
     assert run(tmp_path, "bpo_continuous.py", *flags).returncode == 0
     process = subprocess.Popen(command("bpo_continuous.py", *flags), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     stopped = tmp_path / process.stdout.readline().split()[-1]
     while not (stopped / "checkpoint.pt").exists() or checkpoint(stopped)["state"]["iteration"] < 2:
         time.sleep(0.01)
-    process.terminate()
+    process.send_signal(signum)
     output, _ = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM and f"--resume runs/{stopped.name}" in output
+    assert process.returncode == 128 + signum and f"--resume runs/{stopped.name}" in output
     assert 2 <= checkpoint(stopped)["state"]["iteration"] < 16
     assert run(tmp_path, "bpo_continuous.py", "--resume", stopped).returncode == 0
     (finished,) = {path for path in (tmp_path / "runs").iterdir()} - {stopped}
@@ -415,6 +406,51 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_training(tmp_path, monkeypat
     assert checkpoint(run_dir)["state"]["iteration"] == 5 and not (run_dir / "checkpoint.tmp").exists()
 
 
+def test_a_record_that_could_not_be_written_is_written_later_and_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    append, calls = bpo.append_episodes, []
+
+    def full_disk(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return append(*args)
+
+    monkeypatch.setattr(bpo, "append_episodes", full_disk)
+    run_dir = bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=1280, **SMALL))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logged = EventAccumulator(str(run_dir)).Reload().Scalars("charts/episodic_return")
+    assert [str(event.step) for event in logged] == [row[0] for row in episodes(run_dir)[1:]] and len(logged) == 6
+
+
+def test_an_evaluation_that_fails_is_not_passed_over(tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise FileNotFoundError("no mesh")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bpo, "evaluate", broken)
+    monkeypatch.setattr(sys, "argv", ["bpo.py", *map(str, FLAGS), "--env-id", "Pendulum-v1", "--total-timesteps", "256"])
+    with pytest.raises(SystemExit, match="FileNotFoundError: no mesh"):
+        bpo.main()
+
+
+def test_whole_numbers_are_observations_too(tmp_path, monkeypatch):
+    class Whole(Countdown):
+        observation_space = gym.spaces.Discrete(1000)
+
+        def reset(self, **kwargs):
+            return int(super().reset(**kwargs)[0].sum()), {}
+
+        def step(self, action):
+            obs, *rest = super().step(action)
+            return int(obs.sum()), *rest
+
+    gym.register("Whole-v0", Whole)
+    monkeypatch.chdir(tmp_path)
+    bpo.train(bpo.Args(env_id="Whole-v0", total_timesteps=512, **SMALL))
+
+
 def test_without_a_compiler_compile_says_what_is_missing(tmp_path):
     nowhere = {"PATH": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     failed = run(tmp_path, "bpo_continuous.py", *FLAGS, "--env-id", "Pendulum-v1", "--compile", env=os.environ | nowhere)
@@ -425,7 +461,7 @@ def test_without_a_compiler_compile_says_what_is_missing(tmp_path):
 BAD_INPUT = [
     (["--env-id", "HalfCheeta-v4"], "HalfCheetah-v4"),
     (["--env-id", "HalfCheetah-v77"], "HalfCheetah-v"),
-    (["--env-id", "CartPole-v1"], "bpo_atari.py"),
+    (["--env-id", "CartPole-v1"], "continuous actions"),
     (["--env-id", "ALE/Pong-v5"], "bpo_atari.py"),
     (["--env-id", "Images-v0"], "images"),
     (["--epsilon", "1.5"], "--epsilon"),
