@@ -455,8 +455,8 @@ def append_episodes(path, size, rows):
     return size + len(text)
 
 
-def plot_learning_curve(run_dir, title):
-    """Draws learning_curve.png: every episode's return, and the mean of the last 20."""
+def plot_learning_curve(run_dir, title, unit="episode"):
+    """Draws learning_curve.png: the return in each row of episodes.csv, which is a `unit`'s, and the mean of the last 20."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -466,8 +466,8 @@ def plot_learning_curve(run_dir, title):
     steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
     means = [returns[max(0, i - 20) : i].mean() for i in range(1, len(returns) + 1)]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(steps, returns, ".", alpha=0.25, label="episode")
-    axes.plot(steps, means, color="tab:blue", label="mean of the last 20 episodes")
+    axes.plot(steps, returns, ".", alpha=0.25, label=unit)
+    axes.plot(steps, means, color="tab:blue", label=f"mean of the last 20 {unit}s")
     axes.set(xlabel="environment steps", ylabel="return (undiscounted)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

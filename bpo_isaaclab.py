@@ -47,6 +47,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
+CSV_HEADER = "step,return,length,wall_time\n"
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
@@ -160,11 +161,9 @@ def check_task_name(task, tasks):
 
 
 def load_isaaclab(args, launched):
-    """Isaac Lab's environment, with its rsl_rl configuration; `launched` closes the simulation in the end."""
+    """A task's rsl_rl configuration, and what makes the environment, which `launched` closes in the end."""
     if args.task.endswith("-v0"):
         sys.exit(f"{SCRIPT}: Isaac Lab 3.0 has no versions in its ids: --task {args.task.removesuffix('-v0')}")
-    if args.capture_video:
-        sys.exit(f"{SCRIPT}: Isaac Lab can't film without Isaac Sim: leave --capture-video away, or take an Mjlab- task")
     require("isaaclab", "requirements-isaaclab.txt")
     import gymnasium as gym
     from isaaclab.app import launch_simulation  # before isaaclab_tasks
@@ -176,17 +175,22 @@ def load_isaaclab(args, launched):
     check_task_name(args.task, {name for name in gym.registry if "rsl_rl_cfg_entry_point" in gym.spec(name).kwargs})
     env_cfg = parse_env_cfg(args.task, device=args.device, num_envs=args.num_envs, overrides=list(args.overrides))
     env_cfg.seed, env_cfg.compute_final_obs = args.seed + RANK, True
-    launched.enter_context(launch_simulation(env_cfg, {"visualizer": []}))
-    try:
-        env = gym.make(args.task, cfg=env_cfg)
-    except FileNotFoundError as error:
-        sys.exit(f"{SCRIPT}: the task's assets can't be read ({error}): without the asset server, set ISAACSIM_ASSET_ROOT to a "
-                 "folder that holds them")  # fmt: skip
-    return env, load_cfg_from_registry(args.task, "rsl_rl_cfg_entry_point")
+
+    def make_env():
+        launched.enter_context(launch_simulation(env_cfg, {"visualizer": []}))
+        try:
+            env = gym.make(args.task, cfg=env_cfg)
+        except FileNotFoundError as error:
+            sys.exit(f"{SCRIPT}: the task's assets can't be read ({error}): without the asset server, set ISAACSIM_ASSET_ROOT "
+                     "to a folder that holds them")  # fmt: skip
+        launched.callback(env.close)
+        return env
+
+    return load_cfg_from_registry(args.task, "rsl_rl_cfg_entry_point"), make_env
 
 
-def load_mjlab(args):
-    """mjlab's environment, with its rsl_rl configuration."""
+def load_mjlab(args, launched):
+    """A task's rsl_rl configuration, and what makes the environment, which `launched` closes in the end."""
     require("mjlab", "requirements-mjlab.txt")
     if args.capture_video and not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
         os.environ["MUJOCO_GL"] = "egl"  # renders without a screen
@@ -204,12 +208,28 @@ def load_mjlab(args):
             target = env_cfg
             for parent in parents:
                 target = target[parent] if isinstance(target, dict) else getattr(target, parent)
-            kind = type(getattr(target, name))
-        except (AttributeError, KeyError):
-            sys.exit(f"{SCRIPT}: {args.task} has no setting {path}")
-        setattr(target, name, kind(json.loads(value.lower()) if kind in (bool, int, float) else value))
-    render_mode = "rgb_array" if args.capture_video else None
-    return ManagerBasedRlEnv(cfg=env_cfg, device=args.device, render_mode=render_mode), load_rl_cfg(args.task)
+            old = getattr(target, name)
+            value = value if isinstance(old, str) else json.loads(value.lower())
+            setattr(target, name, tuple(value) if isinstance(old, tuple) else value)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            sys.exit(f"{SCRIPT}: {override} is no setting of {args.task}, or no value for it")
+
+    def make_env():
+        render_mode = "rgb_array" if args.capture_video else None
+        env = ManagerBasedRlEnv(cfg=env_cfg, device=args.device, render_mode=render_mode)
+        launched.callback(env.close)
+        return env
+
+    return load_rl_cfg(args.task), make_env
+
+
+def load_task(args, launched):
+    """A task's rsl_rl configuration, and what makes the environment, which `launched` closes in the end."""
+    if args.task.startswith("Mjlab-"):
+        return load_mjlab(args, launched)
+    if args.capture_video:
+        sys.exit(f"{SCRIPT}: Isaac Lab can't film without Isaac Sim: leave --capture-video away, or take an Mjlab- task")
+    return load_isaaclab(args, launched)
 
 
 class Envs:
@@ -220,6 +240,7 @@ class Envs:
         self.num_envs, self.max_episode_length = env.unwrapped.num_envs, env.unwrapped.max_episode_length
         self.num_actions = env.unwrapped.single_action_space.shape[0]
         self.action_limit = rl_cfg.clip_actions if isinstance(rl_cfg.clip_actions, float | int) else math.inf
+        self.is_finite_horizon = env.unwrapped.cfg.is_finite_horizon  # the time limit belongs to the task, and is no cut
 
     def split(self, obs):
         """Observation groups by name → actor's (N, D), critic's (N, D′), which are privileged where the task has such."""
@@ -237,8 +258,8 @@ class Envs:
         if random_start:
             lengths = self.env.unwrapped.episode_length_buf
             self.env.unwrapped.episode_length_buf = torch.randint_like(lengths, high=int(self.max_episode_length))
-        self.actor_obs, self.critic_obs = self.split(obs)
-        return self.actor_obs, self.critic_obs
+        actor_obs, self.critic_obs = self.split(obs)
+        return actor_obs, self.critic_obs
 
     def step(self, actions):
         """Actions (N, A) → actor's and critic's observations, what the critic saw where actions led, rewards, ends, metrics.
@@ -249,7 +270,9 @@ class Envs:
         actor_obs, critic_obs = self.split(obs)
         last_obs = self.split(extras["final_obs"])[1] if "final_obs" in extras else self.critic_obs
         final_obs = torch.where((terminations | truncations)[:, None], last_obs, critic_obs)
-        self.actor_obs, self.critic_obs = actor_obs, critic_obs
+        self.critic_obs = critic_obs
+        if self.is_finite_horizon:
+            terminations = terminations | truncations
         return actor_obs, critic_obs, final_obs, rewards, terminations, truncations, extras.get("log", {})
 
 
@@ -305,7 +328,7 @@ class Actor(nn.Module):
         super().__init__()
         self.normalize = RunningMeanStd(obs_dim) if args.norm_obs else nn.Identity()
         self.mean = mlp(obs_dim, args.actor_hidden_dims, num_actions, args.activation)
-        nn.init.zeros_(self.mean[-1].weight)  # so the first policy is N(0, σ), whatever the observations
+        nn.init.zeros_(self.mean[-1].weight)  # so the first policy is N(0, σ²), whatever the observations
         nn.init.zeros_(self.mean[-1].bias)
 
     def forward(self, obs):
@@ -386,7 +409,7 @@ def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
 def estimate_returns(agent, rollout, args):
     """V(s), GAE(λ) advantages and returns R̂ = A + V of a rollout's steps, with the critic as it is: a dict of (T·N,).
 
-    `rollout` holds normalised obs and next_obs (T, N, D) and `gae`'s rewards, terminations and dones (T, N).
+    `rollout` holds obs and next_obs (T, N, D) as the critic takes them, and `gae`'s rewards, terminations and dones (T, N).
     """
     values, next_values = agent.get_value(rollout["obs"]), agent.get_value(rollout["next_obs"])
     ends = rollout["terminations"], rollout["dones"]
@@ -439,7 +462,7 @@ def loss_coefficients(args):
     }
 
 
-def minibatch_losses(agent, batch, args):
+def minibatch_losses(agent, batch, old_logstd, args):
     """Policy, value and median loss, entropy and KL(π₀‖π) on a minibatch of `update`'s batch: five scalars."""
     means, logstd = agent.distribution(batch["obs"])
     ratio = torch.exp(log_prob(batch["actions"], means, logstd) - batch["logprobs"])
@@ -456,7 +479,7 @@ def minibatch_losses(agent, batch, args):
     threshold_loss = median_loss(batch["returns"], median_values, args.median_temperature)
     entropy = (logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
     with torch.no_grad():
-        kl = gaussian_kl(batch["means"], batch["logstd"][0], means, logstd).mean()
+        kl = gaussian_kl(batch["means"], old_logstd, means, logstd).mean()
     return policy_loss, value_loss, threshold_loss, entropy, kl
 
 
@@ -470,13 +493,13 @@ def adapt_learning_rate(learning_rate, kl, desired_kl):
 def update(agent, optimizer, batch, args, reevaluate=None):
     """Fits policy and critics to one rollout; returns the metrics, scalars.
 
-    `batch` holds obs, critic_obs (B, D), actions, means, logstd (B, A), logprobs, values, advantages and returns (B,); before
-    each epoch but the first `reevaluate()`, if there is one, gives the last three anew. FloatingPointError names the first term
-    that is not finite.
+    `batch` holds obs, critic_obs (B, D), actions, means (B, A), logprobs, values, advantages and returns (B,); before each
+    epoch but the first `reevaluate()`, if there is one, gives the last three anew. FloatingPointError names the first term that
+    is not finite.
     """
     (actor, critic), learning_rate = optimizer.param_groups[0]["params"], optimizer.param_groups[0]["lr"]
     names, coefs = zip(*loss_coefficients(args).items())
-    coefs, history = torch.tensor(coefs, device=actor.device), []
+    coefs, history, old_logstd = torch.tensor(coefs, device=actor.device), [], agent.actor_logstd.detach().clone()
     explained_variance = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
     for epoch in range(args.update_epochs):
         if epoch and reevaluate:
@@ -486,7 +509,7 @@ def update(agent, optimizer, batch, args, reevaluate=None):
         shuffle = torch.randperm(len(batch["obs"]), device=actor.device)
         shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
         for minibatch in zip(*shuffled):
-            losses = torch.stack(minibatch_losses(agent, dict(zip(batch, minibatch)), args))
+            losses = torch.stack(minibatch_losses(agent, dict(zip(batch, minibatch)), old_logstd, args))
             actor.grad.zero_(), critic.grad.zero_()
             (coefs @ losses).backward()
             for vector in (actor, critic):
@@ -501,9 +524,11 @@ def update(agent, optimizer, batch, args, reevaluate=None):
     for _, term in (~history.isfinite()).nonzero()[:1].tolist():
         raise FloatingPointError(f"{names[term]} is not finite")
     metrics = dict(zip(names, history.mean(0))) | ratio_metrics(agent, batch, args)
+    metrics["explained_variance"] = explained_variance
+    metrics = dict(zip(metrics, average(torch.stack(list(metrics.values())))))
     if not metrics["approx_kl"].isfinite():
         raise FloatingPointError("the ratio is not finite")
-    return metrics | {"explained_variance": explained_variance}
+    return metrics
 
 
 @torch.no_grad()
@@ -580,8 +605,8 @@ def append_episodes(path, size, rows):
     return size + len(text)
 
 
-def plot_learning_curve(run_dir, title):
-    """Draws learning_curve.png: every episode's return, and the mean of the last 20."""
+def plot_learning_curve(run_dir, title, unit="episode"):
+    """Draws learning_curve.png: the return in each row of episodes.csv, which is a `unit`'s, and the mean of the last 20."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -591,8 +616,8 @@ def plot_learning_curve(run_dir, title):
     steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
     means = [returns[max(0, i - 20) : i].mean() for i in range(1, len(returns) + 1)]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(steps, returns, ".", alpha=0.25, label="episode")
-    axes.plot(steps, means, color="tab:blue", label="mean of the last 20 episodes")
+    axes.plot(steps, returns, ".", alpha=0.25, label=unit)
+    axes.plot(steps, means, color="tab:blue", label=f"mean of the last 20 {unit}s")
     axes.set(xlabel="environment steps", ylabel="return (undiscounted)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -638,15 +663,6 @@ def evaluate(agent, envs, args, run_dir):
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def load_environments(args, launched):
-    """The environments of a task, and `args` with all that the task decides."""
-    env, rl_cfg = load_mjlab(args) if args.task.startswith("Mjlab-") else load_isaaclab(args, launched)
-    launched.callback(env.close)
-    args = stock_settings(rl_cfg, args)
-    check_args(args)
-    return Envs(env, rl_cfg), args
-
-
 def train(args):
     """Trains, evaluates, exports and draws the learning curve; returns the run folder."""
     checkpoint = load_checkpoint(args.resume) if args.resume else None
@@ -657,7 +673,10 @@ def train(args):
         dist.init_process_group("nccl" if cuda else "gloo")
     first = RANK == 0  # the process that writes
     with contextlib.ExitStack() as launched:
-        envs, args = load_environments(args, launched)
+        rl_cfg, make_env = load_task(args, launched)
+        args = stock_settings(rl_cfg, args)
+        check_args(args)
+        envs = Envs(make_env(), rl_cfg)
         run_dir = Path(args.resume) if checkpoint else new_run_dir(args) if first else None
         return train_in(envs, args, checkpoint, run_dir, first)
 
@@ -665,7 +684,7 @@ def train(args):
 def train_in(envs, args, checkpoint, run_dir, first):
     if first and not checkpoint:
         (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2))
-        (run_dir / "episodes.csv").write_text("step,return,length,wall_time\n")
+        (run_dir / "episodes.csv").write_text(CSV_HEADER)
     if first:
         print(f"run folder: {run_dir}", flush=True)
     if args.track and first:
@@ -674,7 +693,9 @@ def train_in(envs, args, checkpoint, run_dir, first):
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
                    id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
 
-    iteration = convert(checkpoint["state"], torch.Tensor, torch.Tensor.numpy)["iteration"] if checkpoint else 0
+    state = checkpoint["state"] if checkpoint else {"step": 0, "seconds": 0.0, "csv_size": len(CSV_HEADER), "curriculum": 0}
+    batch_size = args.num_envs * args.num_steps * WORLD_SIZE
+    iteration, num_iterations, csv_size = state["step"] // batch_size, args.total_timesteps // batch_size, state["csv_size"]
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed + 1_000 * iteration + RANK)
     stopped_by = []
@@ -684,6 +705,7 @@ def train_in(envs, args, checkpoint, run_dir, first):
         signal.signal(signum, signal.SIG_DFL)  # unless the signal comes again
 
     handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    envs.env.unwrapped.common_step_counter = state["curriculum"]  # what a task's curriculum goes by
     obs, critic_obs = envs.reset(random_start=True)
     agent = Agent(obs.shape[1], critic_obs.shape[1], envs.num_actions, args).to(args.device)
     if checkpoint:
@@ -694,36 +716,34 @@ def train_in(envs, args, checkpoint, run_dir, first):
             dist.broadcast(vector.data, 0)
     learning_rate = torch.tensor(args.learning_rate, device=args.device)
     optimizer = torch.optim.Adam(vectors, lr=learning_rate, eps=1e-8, fused=True)
-    batch_size = args.num_envs * args.num_steps * WORLD_SIZE
-    num_iterations = args.total_timesteps // batch_size
-    start_time, csv_size = time.time(), (run_dir / "episodes.csv").stat().st_size if first else 0
+    start_time = time.time() - state["seconds"]
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         optimizer.param_groups[0]["lr"] = learning_rate.copy_(optimizer.param_groups[0]["lr"])
-        state = convert(checkpoint["state"], torch.Tensor, torch.Tensor.numpy)
-        start_time, csv_size = time.time() - state["seconds"], state["csv_size"]
         if first:
             print("a simulation can't be saved: new episodes begin")
 
     def save():
-        state = {"iteration": iteration, "seconds": time.time() - start_time, "csv_size": csv_size}
+        state = {"step": iteration * batch_size, "seconds": time.time() - start_time, "csv_size": csv_size,
+                 "curriculum": int(envs.env.unwrapped.common_step_counter)}  # fmt: skip
         save_checkpoint(run_dir, {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "state": state,
                                   "optimizer": optimizer.state_dict()})  # fmt: skip
 
+    if first and not checkpoint:
+        save()
     shape = (args.num_steps, args.num_envs)
     rollout = {"obs": torch.zeros((*shape, critic_obs.shape[1]), device=args.device)}  # the critic's
     rollout["next_obs"] = torch.zeros_like(rollout["obs"])
     rollout |= {name: torch.zeros(shape, device=args.device) for name in ("rewards", "terminations", "dones")}
     steps = {"obs": torch.zeros((*shape, obs.shape[1]), device=args.device)}  # the actor's
-    steps |= {name: torch.zeros((*shape, envs.num_actions), device=args.device) for name in ("actions", "means", "logstd")}
-    steps["logprobs"] = torch.zeros(shape, device=args.device)
+    steps |= {name: torch.zeros((*shape, envs.num_actions), device=args.device) for name in ("actions", "means")}
     episode_return, episode_length = torch.zeros((2, args.num_envs), device=args.device)
     writer = SummaryWriter(run_dir, purge_step=iteration * batch_size + 1) if first else None
-    recent_returns = deque(maxlen=20)
+    recent_returns, last = deque(maxlen=20), iteration == num_iterations
     progress = tqdm(total=num_iterations * batch_size, initial=iteration * batch_size, unit=" steps",
                     disable=None if first else True)  # fmt: skip
 
-    while iteration < num_iterations and not stopped_by:
+    while not last:
         # Rollout. All stays on the device; what the episodes that end have come to is summed there.
         ended, metric_sums, metric_counts = torch.zeros(3, device=args.device), Counter(), Counter()
         with torch.no_grad():
@@ -731,8 +751,7 @@ def train_in(envs, args, checkpoint, run_dir, first):
                 means, logstd = agent.distribution(obs)
                 actions = means + torch.randn_like(means) * logstd.exp()
                 steps["obs"][step], rollout["obs"][step] = obs, critic_obs
-                steps["actions"][step], steps["means"][step], steps["logstd"][step] = actions, means, logstd
-                steps["logprobs"][step] = log_prob(actions, means, logstd)
+                steps["actions"][step], steps["means"][step] = actions, means
                 obs, critic_obs, final_obs, rewards, terminations, truncations, log = envs.step(actions)
                 dones = terminations | truncations
                 rollout["next_obs"][step], rollout["rewards"][step] = final_obs, rewards
@@ -760,6 +779,7 @@ def train_in(envs, args, checkpoint, run_dir, first):
         estimate = partial(estimate_returns, agent, rollout, args)
         batch = {key: tensor.flatten(0, 1) for key, tensor in steps.items()} | estimate()
         batch["critic_obs"] = rollout["obs"].flatten(0, 1)
+        batch["logprobs"] = log_prob(batch["actions"], batch["means"], agent.actor_logstd.detach())
         try:
             metrics = update(agent, optimizer, batch, args, estimate if args.reevaluate else None)
         except FloatingPointError as error:
@@ -768,29 +788,29 @@ def train_in(envs, args, checkpoint, run_dir, first):
             update_statistics()
 
         # Log and save. A full disk costs records, never the training.
-        total_return, total_length, episodes = (average(ended) * WORLD_SIZE).tolist()
+        ended = average(torch.cat((ended, ended.new_tensor([len(stopped_by)])))) * WORLD_SIZE
+        total_return, total_length, episodes, signals = ended.tolist()
+        last = iteration == num_iterations or signals > 0  # all processes stop together
         if not first:
             continue
+        charts = {"charts/learning_rate": learning_rate, "charts/SPS": int(global_step / (time.time() - start_time))}
+        charts |= {f"losses/{name}": value for name, value in metrics.items()}
+        charts |= {f"task/{name}": float(value) / metric_counts[name] for name, value in metric_sums.items()}
         rows = []
         if episodes:
             recent_returns.append(total_return / episodes)
-            rows = [(global_step, total_return / episodes, round(total_length / episodes), time.time() - start_time)]
+            charts |= {"charts/episodic_return": recent_returns[-1], "charts/episodic_length": total_length / episodes}
+            rows = [(global_step, recent_returns[-1], round(total_length / episodes), time.time() - start_time)]
         with contextlib.suppress(OSError):
-            for _, score, length, _ in rows:
-                writer.add_scalar("charts/episodic_return", score, global_step)
-                writer.add_scalar("charts/episodic_length", length, global_step)
-            for name, value in metrics.items():
-                writer.add_scalar(f"losses/{name}", value, global_step)
-            for name, value in metric_sums.items():
-                writer.add_scalar(f"task/{name}", float(value) / metric_counts[name], global_step)
-            writer.add_scalar("charts/learning_rate", learning_rate, global_step)
-            writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
+            for name, value in charts.items():
+                writer.add_scalar(name, value, global_step)
+            writer.flush()
         try:
             csv_size = append_episodes(run_dir / "episodes.csv", csv_size, rows)
-            if iteration % args.checkpoint_every == 0 or iteration == num_iterations or stopped_by:
+            if last or iteration % args.checkpoint_every == 0:
                 save()
         except OSError as error:
-            tqdm.write(f"{SCRIPT}: not saved at step {global_step} ({error}); training goes on", file=sys.stderr)
+            tqdm.write(f"{SCRIPT}: not saved at step {global_step}: {error}", file=sys.stderr)
         progress.set_postfix({"return": f"{np.mean(recent_returns):.2f}" if recent_returns else "-"}, refresh=False)
         progress.update(batch_size)
 
@@ -799,13 +819,13 @@ def train_in(envs, args, checkpoint, run_dir, first):
         signal.signal(signum, handler)
     if not first:
         return None
-    if stopped_by:
+    if iteration < num_iterations:
         print(f"stopped at step {iteration * batch_size}; to go on: python {SCRIPT}.py --resume {run_dir}")
-        sys.exit(128 + stopped_by[0])
+        sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
     evaluate(agent, envs, args, run_dir)
     export_policy(agent, run_dir)
     writer.close()
-    plot_learning_curve(run_dir, f"{args.task}, {SCRIPT} --loss {args.loss}, seed {args.seed}")
+    plot_learning_curve(run_dir, f"{args.task}, {SCRIPT} --loss {args.loss}, seed {args.seed}", "iteration")
     print(f"learning curve: {run_dir / 'learning_curve.png'}, for deployment: {run_dir / 'exported'}")
     return run_dir
 
@@ -821,10 +841,14 @@ def main():
         if args != Args(evaluate=args.evaluate, **played) or overrides:
             sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-episodes, "
                      "--capture-video and --device")  # fmt: skip
+        if args.eval_episodes < 1:
+            sys.exit(f"{SCRIPT}: --eval-episodes must be at least 1")
         checkpoint = load_checkpoint(args.evaluate)
         settings = replace(checkpoint["args"], num_envs=args.eval_episodes, **played)
         with contextlib.ExitStack() as launched:
-            envs, settings = load_environments(settings, launched)
+            rl_cfg, make_env = load_task(settings, launched)
+            envs = Envs(make_env(), rl_cfg)
+            envs.env.unwrapped.common_step_counter = checkpoint["state"]["curriculum"]
             obs, critic_obs = envs.reset()
             agent = Agent(obs.shape[1], critic_obs.shape[1], envs.num_actions, settings).to(args.device)
             agent.load_state_dict(checkpoint["agent"])
@@ -833,7 +857,7 @@ def main():
         try:
             train(replace(args, overrides=tuple(overrides)))
         except OSError as error:
-            sys.exit(f"{SCRIPT}: {error}: is there room and permission to write in {Path('runs').absolute()}?")
+            sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
 
 
 if __name__ == "__main__":

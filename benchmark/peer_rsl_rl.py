@@ -143,5 +143,5 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     torch.manual_seed(args.seed)
     with contextlib.ExitStack() as launched:
-        env, rl_cfg = bpo.load_isaaclab(args, launched)
-        (compare_speed if args.speed else train_peer)(args, env, rl_cfg)
+        rl_cfg, make_env = bpo.load_isaaclab(args, launched)
+        (compare_speed if args.speed else train_peer)(args, make_env(), rl_cfg)

@@ -26,6 +26,7 @@ class PointMass:
     """N points on a line that are paid for being near 0. Episodes are cut after 10 steps, or end where a point is far away."""
 
     max_episode_length = 10
+    cfg = SimpleNamespace(is_finite_horizon=False)
 
     def __init__(self, num_envs, final_obs=True):
         self.num_envs, self.unwrapped, self.has_final_obs = num_envs, self, final_obs
@@ -74,16 +75,14 @@ def rl_cfg():
     )
 
 
-def load_point_mass(args, launched, final_obs=True):
-    args = bpo.stock_settings(rl_cfg(), args)
-    bpo.check_args(args)
-    return bpo.Envs(PointMass(args.num_envs, final_obs), rl_cfg()), args
+def load_point_mass(args, launched):
+    return rl_cfg(), lambda: PointMass(args.num_envs)
 
 
 @pytest.fixture
 def point_mass(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bpo, "load_environments", load_point_mass)
+    monkeypatch.setattr(bpo, "load_task", load_point_mass)
 
 
 def test_stock_settings_are_the_task_s_the_paper_s_rows_replace_them_and_flags_win():
@@ -146,6 +145,15 @@ def test_a_cut_episode_goes_on_in_the_critic_s_eyes(final_obs):
     assert seen >= 4
 
 
+def test_the_time_limit_of_a_finite_horizon_is_an_end(monkeypatch):
+    monkeypatch.setattr(PointMass, "cfg", SimpleNamespace(is_finite_horizon=True))
+    envs = bpo.Envs(PointMass(4), rl_cfg())
+    envs.reset()
+    ends = [envs.step(torch.zeros(4, 1))[4:6] for _ in range(10)]
+    assert not any(terminations.any() for terminations, _ in ends[:9])
+    assert all(flags.all() for flags in ends[9])
+
+
 @pytest.mark.parametrize(
     "flags", [{"loss": "bpo"}, {"loss": "ppo"}, {"reevaluate": True, "online_adv": False}, {"use_median": False}]
 )
@@ -181,26 +189,32 @@ def test_a_stopped_run_goes_on_and_says_that_episodes_begin_anew(point_mass, cap
     bpo.save_checkpoint(run_dir, state)
     bpo.train(bpo.Args(resume=str(run_dir)))
     assert "new episodes begin" in capsys.readouterr().out
-    assert checkpoint(run_dir)["state"]["iteration"] == 8
+    assert checkpoint(run_dir)["state"]["step"] == 32 * 8 * 8
     steps = [int(row.split(",")[0]) for row in (run_dir / "episodes.csv").read_text().splitlines()[1:]]
     assert steps == sorted(set(steps)) and steps[-1] == 32 * 8 * 8
 
 
-def test_two_processes_end_with_the_same_weights_and_see_different_episodes(tmp_path):
-    program = f"""
-import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+def run_two_processes(tmp_path, program, port):
+    preamble = f"""
+import os, signal, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch, bpo_isaaclab as bpo, test_isaaclab as stand_in
-bpo.load_environments = stand_in.load_point_mass
+bpo.load_task = stand_in.load_point_mass
+"""
+    (tmp_path / "program.py").write_text(preamble + program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "program.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+
+
+def test_two_processes_end_with_the_same_weights_and_see_different_episodes(tmp_path):
+    program = """
 agents, agent = [], bpo.Agent
 bpo.Agent = lambda *args: agents.append(agent(*args)) or agents[-1]
 bpo.train(bpo.Args(total_timesteps=2 * 32 * 8 * 6, **stand_in.SMALL))
 weights = agents[0].state_dict()
-torch.save(weights | {{"own": torch.rand(1)}}, f"weights{{bpo.RANK}}.pt")
+torch.save(weights | {"own": torch.rand(1)}, f"weights{bpo.RANK}.pt")
 """
-    (tmp_path / "program.py").write_text(program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517", "program.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    result = run_two_processes(tmp_path, program, "29517")
     assert result.returncode == 0, result.stderr
     first, second = (torch.load(tmp_path / f"weights{rank}.pt", weights_only=True) for rank in range(2))
     assert first.pop("own") != second.pop("own")
@@ -208,6 +222,30 @@ torch.save(weights | {{"own": torch.rand(1)}}, f"weights{{bpo.RANK}}.pt")
         assert torch.equal(first[name], second[name]), name
     assert len(list((tmp_path / "runs").iterdir())) == 1
     assert first["actor.normalize.count"] == 2 * 32 * 8 * 6
+
+
+def test_a_signal_to_one_process_stops_both_and_the_run_is_saved(tmp_path):
+    program = """
+calls, update = [], bpo.update
+def interrupted(*args):
+    calls.append(args)
+    if len(calls) == 3 and bpo.RANK == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return update(*args)
+bpo.update = interrupted
+bpo.train(bpo.Args(total_timesteps=2 * 32 * 8 * 6, **stand_in.SMALL))
+"""
+    result = run_two_processes(tmp_path, program, "29518")
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert f"stopped at step {2 * 32 * 8 * 3}; to go on" in result.stdout, result.stderr
+    assert checkpoint(run_dir)["state"]["step"] == 2 * 32 * 8 * 3
+
+
+def test_a_single_episode_of_any_run_can_be_played(point_mass, monkeypatch, capsys):
+    run_dir = bpo.train(bpo.Args(total_timesteps=32 * 8, **SMALL))
+    monkeypatch.setattr(sys, "argv", ["bpo_isaaclab.py", "--evaluate", str(run_dir), "--eval-episodes", "1", "--device", "cpu"])
+    bpo.main()
+    assert "of 1 episodes" in capsys.readouterr().out
 
 
 BAD_INPUT = [
