@@ -75,6 +75,7 @@ class Args:
     vf_coef: float = 0.5  # coefficient of the value loss ½(R̂−V)²
     median_coef: float = 0.5  # coefficient of the median loss
     ent_coef: float = 3e-3  # coefficient of the entropy bonus
+    mean_entropy: bool = False  # the bonus is the entropy's mean over action dimensions, not their sum
     max_grad_norm: float = 0.5  # gradients are clipped to this norm, taken over all parameters
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = True  # divide rewards by the running standard deviation of their discounted sum
@@ -258,7 +259,7 @@ class Agent(nn.Module):
         if args.median_head == "separate":
             self.median_head = hidden_layers(args.hidden_size, args).append(layer_init(nn.Linear(args.hidden_size, 1), 1.0))
         self.obs_rms, self.return_rms = RunningMeanStd(obs_dim), RunningMeanStd()
-        self.norm_obs, self.activation = args.norm_obs, args.activation
+        self.norm_obs, self.activation, self.mean_entropy = args.norm_obs, args.activation, args.mean_entropy
 
     def normalize(self, obs):
         """Raw observations (..., D) → float32 inputs (..., D), in standard deviations clipped to ±10 with --norm-obs."""
@@ -290,8 +291,9 @@ class Agent(nn.Module):
         return -0.5 * (z * z).sum(-1) - self.actor_logstd.sum() - 0.5 * math.log(2 * math.pi) * z.shape[-1]
 
     def entropy(self):
-        """Entropy of the policy, the same in every state: a scalar."""
-        return (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        """Entropy of the policy, the same in every state, with --mean-entropy per action dimension: a scalar."""
+        entropy = (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
+        return entropy / len(self.actor_logstd) if self.mean_entropy else entropy
 
     def get_value(self, obs):
         """V(s): normalised observations (..., D) → (...)"""

@@ -88,13 +88,6 @@ def rollout_advantages():
     bpo.update, bpo.minibatch_losses = fixed_update, fixed_losses
 
 
-@variant
-def mean_entropy():
-    """The entropy bonus is the mean over action dimensions, not their sum."""
-    entropy = bpo.Agent.entropy
-    bpo.Agent.entropy = lambda self: entropy(self) / len(self.actor_logstd)
-
-
 if __name__ == "__main__":
     names = sys.argv.pop(1).split(",") if len(sys.argv) > 1 else []
     if not names or any(name not in VARIANTS for name in names):

@@ -128,7 +128,7 @@ def test_every_arm_of_a_matrix_has_flags_its_script_knows(path):
 
 
 def test_all_variants_train_compiled_and_together(tmp_path):
-    variants = "one_sided,dead_zone,relative_temperature,anneal_epsilon,rollout_advantages,mean_entropy"
+    variants = "one_sided,dead_zone,relative_temperature,anneal_epsilon,rollout_advantages"
     flags = ["--env-id", "Pendulum-v1", "--total-timesteps", "512", "--num-steps", "256", "--num-minibatches", "4"]
     flags += ["--update-epochs", "2", "--reevaluate", "--compile", "--eval-episodes", "1"]
     trained = run(tmp_path, str(ROOT / "benchmark/variants.py"), variants, *flags)

@@ -160,6 +160,8 @@ def test_log_prob_and_entropy_are_those_of_a_normal_distribution():
     normal = torch.distributions.Normal(agent.actor_mean(obs), agent.actor_logstd.exp())
     torch.testing.assert_close(agent.log_prob(obs, actions), normal.log_prob(actions).sum(-1))
     torch.testing.assert_close(agent.entropy(), normal.entropy()[0].sum())
+    agent = bpo.Agent(5, 3, bpo.Args(log_std_init=-0.7, mean_entropy=True))
+    torch.testing.assert_close(agent.entropy(), normal.entropy()[0].mean())
 
 
 def test_running_statistics_are_those_of_all_batches_together():

@@ -329,6 +329,15 @@ def test_isaac_lab_s_cartpole_is_learned(loss, isaac_assets, tmp_path):
     assert score(again) > 2.0 and "16 episodes" in again
 
 
+def test_the_peer_trains_on_isaac_lab(isaac_assets, tmp_path):
+    flags = ["--num-envs", "32", "--total-timesteps", str(32 * 16 * 20)]
+    command = [sys.executable, str(ROOT / "benchmark/peer_rsl_rl.py"), *flags]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | isaac_assets)
+    assert result.returncode == 0, result.stderr[-3000:]
+    steps = [int(row.split(",")[0]) for row in (tmp_path / "runs/rsl_rl/episodes.csv").read_text().splitlines()[1:]]
+    assert steps and steps[-1] == 32 * 16 * 20
+
+
 @pytest.mark.parametrize("task", ["Isaac-Ant", "Isaac-Humanoid"])
 def test_isaac_lab_s_walkers_train(task, isaac_assets, tmp_path):
     flags = ["--task", task, "--num-envs", 16, "--total-timesteps", 16 * 32 * 3, "env.episode_length_s=1"]
