@@ -321,6 +321,16 @@ def changes_table(results, changes, reference="ppo"):
     return "\n".join(lines)
 
 
+def wins_table(results, reference):
+    """Share of pairs of runs in which an arm ends above the reference, mean over tasks."""
+    lines = [f"| arm | share of pairs won against {reference} | seeds |", "|---|---|---|"]
+    for arm in results.arms:
+        ends = [[results.curves(name, task)[:, -1] for name in (arm, reference)] for task in results.tasks]
+        wins = np.mean([(ours[:, None] > theirs).mean() for ours, theirs in ends])
+        lines += [f"| {arm} | {wins:.2f} | {len(ends[0][0])} |"] if arm != reference else []
+    return "\n".join(lines)
+
+
 def replace_block(path, name, text):
     """Puts `text` between the lines <!-- name --> and <!-- end --> of a Markdown file."""
     page = path.read_text()
@@ -356,6 +366,8 @@ def rebuild():
     for name in ("screening", "search", "search_long", "search_late", "search_epochs", "search_entropy"):
         if (found := read_results(matrix[name])).only().tasks:
             replace_block(page, name, search_table(found))
+    candidates = read_results(matrix["search_entropy"], matrix["mujoco"]).only()
+    replace_block(page, "candidates", wins_table(candidates, "ppo"))
     replace_block(page, "median head", returns_table(read_results(matrix["median_head"])))
     if (ablations := read_results(matrix["ablations"]).only()).tasks:
         replace_block(page, "ablations", returns_table(ablations))
