@@ -380,6 +380,11 @@ def rebuild():
             replace_block(page, name, picture + evaluations_table(matrix[name]))
             if "search" not in name:
                 replace_block(readme, name, evaluations_table(matrix[name]))
+    for name in ("atari", "isaaclab"):
+        if (found := read_results(matrix[name]).only()).tasks:
+            draw_curves(found, figures / f"{name}.png")
+            replace_block(page, name, f"![Learning curves](results/{name}.png)\n\n" + returns_table(found))
+            replace_block(readme, name, f"![Learning curves](docs/results/{name}.png)\n\n" + returns_table(found))
     if (epochs := read_results(matrix["epochs"]).only()).tasks:
         draw_epochs(epochs, figures / "epochs.png")
         picture = "![Return, share of ratios outside the band and KL by epochs](results/epochs.png)\n\n"
