@@ -161,7 +161,7 @@ def check_task_name(task, tasks):
 
 
 def load_isaaclab(args, launched):
-    """A task's rsl_rl configuration, and what makes the environment, which `launched` closes in the end."""
+    """As `load_task`, of Isaac Lab."""
     if args.task.endswith("-v0"):
         sys.exit(f"{SCRIPT}: Isaac Lab 3.0 has no versions in its ids: --task {args.task.removesuffix('-v0')}")
     require("isaaclab", "requirements-isaaclab.txt")
@@ -190,7 +190,7 @@ def load_isaaclab(args, launched):
 
 
 def load_mjlab(args, launched):
-    """A task's rsl_rl configuration, and what makes the environment, which `launched` closes in the end."""
+    """As `load_task`, of mjlab."""
     require("mjlab", "requirements-mjlab.txt")
     if args.capture_video and not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
         os.environ["MUJOCO_GL"] = "egl"  # renders without a screen

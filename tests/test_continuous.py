@@ -426,7 +426,7 @@ def test_a_record_that_could_not_be_written_is_written_later_and_once(tmp_path, 
     assert [str(event.step) for event in logged] == [row[0] for row in episodes(run_dir)[1:]] and len(logged) == 6
 
 
-def test_an_evaluation_that_fails_is_not_passed_over(tmp_path, monkeypatch, capsys):
+def test_an_evaluation_that_fails_is_not_passed_over(tmp_path, monkeypatch):
     def broken(*_):
         raise FileNotFoundError("no mesh")
 
