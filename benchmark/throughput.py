@@ -10,6 +10,7 @@ once, one after the other, so that a drift of the machine's speed meets them ali
     python benchmark/throughput.py --update     time of a BPO update as a multiple of a PPO update, without environment
     python benchmark/throughput.py --atari      bpo_atari.py against Stable-Baselines3 on Pong, all cores, the paper's row
 
+Where `pip install sbx-rl` was done, SBX joins in on MuJoCo: Stable-Baselines3's PPO in JAX, compiled.
 CleanRL joins in, its hidden layers 64 wide, where a checkout of it has an environment of its own, as it needs old simulators:
 
     git clone https://github.com/vwxyzjn/cleanrl && python3.10 -m venv cleanrl/.venv
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import tyro
@@ -73,7 +75,7 @@ print(json.dumps([statistics.median(ratios), ratios[0], ratios[-1]]))
 """
 SB3 = """
 import json, resource, time, torch
-from stable_baselines3 import PPO
+from {module} import PPO
 torch.set_num_threads(1)
 model = PPO("MlpPolicy", {env_id!r}, n_steps=2048, batch_size=64, n_epochs=10, seed=1, device="cpu",
             policy_kwargs={{"net_arch": [{hidden_size}, {hidden_size}]}})
@@ -185,13 +187,15 @@ def main():
     else:
         if args.cleanrl and args.hidden_size != 64:
             sys.exit("throughput.py: CleanRL's hidden layers are 64 wide: add --hidden-size 64")
-        sb3 = SB3.format(env_id=args.env_id, hidden_size=args.hidden_size, steps=args.steps)
+        sb3 = {"env_id": args.env_id, "hidden_size": args.hidden_size, "steps": args.steps}
         programs = {}
         for script in ("bpo_continuous", "ppo_baseline"):
             for flag, on in ((" --compile", True), ("", False)):
                 programs[f"{script}.py{flag}"] = ours(script, compile=on)
         programs |= cleanrl("ppo_continuous_action.py", "--env-id", args.env_id)
-        compare(programs | {"Stable-Baselines3 PPO": sb3}, args.steps, args.rounds, 1)
+        programs |= {"SBX PPO": SB3.format(module="sbx", **sb3)} if find_spec("sbx") else {}
+        programs["Stable-Baselines3 PPO"] = SB3.format(module="stable_baselines3", **sb3)
+        compare(programs, args.steps, args.rounds, 1)
 
 
 if __name__ == "__main__":
