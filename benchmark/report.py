@@ -378,7 +378,7 @@ def rebuild():
     candidates = read_results(matrix["search_entropy"], matrix["mujoco"]).only()
     replace_block(page, "candidates", wins_table(candidates, "ppo"))
     candidate = read_results(matrix["candidate"]).only()
-    replace_block(page, "candidate", returns_table(candidate) + "\n\n" + aggregates_table(candidate))
+    replace_block(page, "candidate proof", returns_table(candidate) + "\n\n" + aggregates_table(candidate))
     replace_block(page, "median head", returns_table(read_results(matrix["median_head"])))
     if (ablations := read_results(matrix["ablations"]).only()).tasks:
         replace_block(page, "ablations", returns_table(ablations) + "\n\n" + shares_table(ablations))

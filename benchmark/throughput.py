@@ -2,7 +2,7 @@
 
 One core, 1 environment × 2048 steps, minibatches of 64, 10 epochs, two hidden layers of 256. Every round runs all programs
 once, one after the other, so that a drift of the machine's speed meets them alike; ratios are taken within a round. With
---compile, the time that compiling takes is in.
+--compile, the time that compiling takes is in: all of it where torch's cache is empty, most of it saved after the first run.
 
     pip install stable-baselines3
     python benchmark/throughput.py
@@ -10,7 +10,7 @@ once, one after the other, so that a drift of the machine's speed meets them ali
     python benchmark/throughput.py --update     time of a BPO update as a multiple of a PPO update, without environment
     python benchmark/throughput.py --atari      bpo_atari.py against Stable-Baselines3 on Pong, all cores, the paper's row
 
-Where `pip install sbx-rl` was done, SBX joins in on MuJoCo: Stable-Baselines3's PPO in JAX, compiled.
+Where sbx-rl is installed, SBX joins in on MuJoCo: Stable-Baselines3's PPO in JAX, compiled.
 CleanRL joins in, its hidden layers 64 wide, where a checkout of it has an environment of its own, as it needs old simulators:
 
     git clone https://github.com/vwxyzjn/cleanrl && python3.10 -m venv cleanrl/.venv
