@@ -63,16 +63,16 @@ def anneal_epsilon():
     bpo.update = annealed_update
 
 
-@variant
-def rollout_advantages():
-    """A and Ã are those of the rollout and stand still during an update, as in PPO."""
+def fix_advantages(centre):
+    """Lets A and Ã stand still during an update, less what `centre` takes from each over the rollout."""
     update, minibatch_losses = bpo.update, bpo.minibatch_losses
 
     def fixed_update(agent, optimizer, batch, args, reevaluate=None, *rest):
         def with_median(batch):
             with torch.no_grad():
-                thresholds = agent.get_values(rollout["obs"])[args.use_median]
-            return batch | {"median_advantages": batch["returns"] - thresholds}
+                median_advantages = batch["returns"] - agent.get_values(rollout["obs"])[args.use_median]
+            advantages, median_advantages = centre(batch["advantages"], median_advantages)
+            return batch | {"advantages": advantages, "median_advantages": median_advantages}
 
         rollout = batch
         return update(agent, optimizer, with_median(batch), args, reevaluate and (lambda: with_median(reevaluate())), *rest)
@@ -86,6 +86,20 @@ def rollout_advantages():
         return policy_loss, *minibatch_losses(agent, batch, args)[1:]
 
     bpo.update, bpo.minibatch_losses = fixed_update, fixed_losses
+
+
+@variant
+def rollout_advantages():
+    """A and Ã are those of the rollout and stand still during an update, as in PPO."""
+    fix_advantages(lambda advantages, median_advantages: (advantages, median_advantages))
+
+
+@variant
+def centred_advantages():
+    """As `rollout_advantages`, less their mean and median over the rollout, where the mean of ρ* is then 1."""
+    fix_advantages(
+        lambda advantages, median_advantages: (advantages - advantages.mean(), median_advantages - median_advantages.median())
+    )
 
 
 if __name__ == "__main__":
