@@ -4,7 +4,7 @@ One core, 1 environment × 2048 steps, minibatches of 64, 10 epochs, two hidden 
 once, one after the other, so that a drift of the machine's speed meets them alike; ratios are taken within a round. With
 --compile, the time that compiling takes is in: all of it where torch's cache is empty, most of it saved after the first run.
 
-    pip install stable-baselines3
+    pip install stable-baselines3==2.9.2
     python benchmark/throughput.py
     python benchmark/throughput.py --scaling    steps per second of bpo_continuous.py by --num-envs, on all cores
     python benchmark/throughput.py --update     time of a BPO update as a multiple of a PPO update, without environment
@@ -167,6 +167,8 @@ def main():
         words = [str(path), *words, "--no-cuda", "--total-timesteps", str(args.steps)]
         return {f"CleanRL {script}": CLEANRL.format(python=str(python), words=words, steps=args.steps)}
 
+    if not (args.update or args.scaling or find_spec("stable_baselines3")):
+        sys.exit("throughput.py: what the scripts are measured against is missing: pip install stable-baselines3==2.9.2")
     if args.update:
         median, low, high = measure(UPDATE.format(root=str(ROOT), hidden_size=args.hidden_size, rounds=args.rounds), 1)
         print(f"a BPO update takes {median:.2f} times a PPO update (median of {args.rounds} pairs, {low:.2f}–{high:.2f})")

@@ -52,6 +52,18 @@ def relative_temperature():
 
 
 @variant
+def epsilon_per_dimension():
+    """ε is --epsilon times the root of the number of action dimensions, so that the band allows each the same KL, ε²/2 in all."""
+    update = bpo.update
+
+    def scaled_update(agent, optimizer, batch, args, *rest):
+        epsilon = min(args.epsilon * len(agent.actor_logstd) ** 0.5, 0.9)
+        return update(agent, optimizer, batch, replace(args, epsilon=epsilon), *rest)
+
+    bpo.update = scaled_update
+
+
+@variant
 def anneal_epsilon():
     """ε falls linearly to 0, as the learning rate does."""
     update = bpo.update

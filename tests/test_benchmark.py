@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -128,9 +129,24 @@ def test_every_arm_of_a_matrix_has_flags_its_script_knows(path):
 
 
 def test_all_variants_train_compiled_and_together(tmp_path):
-    variants = "one_sided,dead_zone,relative_temperature,anneal_epsilon,rollout_advantages"
+    variants = "one_sided,dead_zone,relative_temperature,anneal_epsilon,centred_advantages"
     flags = ["--env-id", "Pendulum-v1", "--total-timesteps", "512", "--num-steps", "256", "--num-minibatches", "4"]
     flags += ["--update-epochs", "2", "--reevaluate", "--compile", "--eval-episodes", "1"]
     trained = run(tmp_path, str(ROOT / "benchmark/variants.py"), variants, *flags)
     assert trained.returncode == 0 and "learning curve" in trained.stdout, trained.stderr
     assert run(tmp_path, str(ROOT / "benchmark/variants.py"), "nonsense").returncode == 1
+
+
+def test_throughput_measures_training_alone_and_says_what_is_missing(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import throughput
+
+    flags = {"env_id": "Pendulum-v1", "total_timesteps": 1024, "num_steps": 512}
+    start = time.perf_counter()
+    measured = throughput.measure(throughput.OURS.format(root=str(ROOT), script="bpo_continuous", flags=flags), 1)
+    assert 0 < measured["seconds"] < time.perf_counter() - start and 50 < measured["megabytes"] < 4000
+    updates = run(tmp_path, str(ROOT / "benchmark/throughput.py"), "--update", "--rounds", "1", "--hidden-size", "8")
+    assert updates.stdout.startswith("a BPO update takes ")
+    program = "import runpy, sys; sys.modules['stable_baselines3'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    missing = run(tmp_path, "-c", program, str(ROOT / "benchmark/throughput.py"))
+    assert missing.returncode == 1 and "pip install stable-baselines3" in missing.stderr and missing.stderr.count("\n") == 1
