@@ -53,7 +53,7 @@ def relative_temperature():
 
 @variant
 def epsilon_per_dimension():
-    """ε is --epsilon times the root of the number of action dimensions, so that the band allows each the same KL, ε²/2 in all."""
+    """ε is --epsilon times the root of the number of action dimensions: the same KL for each, as a band allows about ε²/2."""
     update = bpo.update
 
     def scaled_update(agent, optimizer, batch, args, *rest):
@@ -112,6 +112,12 @@ def centred_advantages():
     fix_advantages(
         lambda advantages, median_advantages: (advantages - advantages.mean(), median_advantages - median_advantages.median())
     )
+
+
+@variant
+def ppo_advantages():
+    """PPO's: those of the rollout, less their mean, for weight and target alike."""
+    fix_advantages(lambda advantages, _: (advantages - advantages.mean(), advantages - advantages.mean()))
 
 
 if __name__ == "__main__":
