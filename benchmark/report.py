@@ -372,12 +372,14 @@ def rebuild():
     replace_block(page, "first proof", returns_table(first_proof))
     screening = read_results(matrix["screening"]).only()
     replace_block(page, "changes", changes_table(screening, tomllib.loads(matrix["screening"].read_text())["changes"]))
-    stages = ("long", "late", "epochs", "entropy", "hopper", "band", "advantages")
-    for name in ("screening", "search", *(f"search_{stage}" for stage in stages)):
+    for name in ("screening", "search", "search_long", "search_late", "search_epochs", "search_entropy"):
         if (found := read_results(matrix[name])).only().tasks:
             replace_block(page, name, search_table(found))
-    for block, name in (("candidates", "search_entropy"), ("band candidates", "search_band")):
-        replace_block(page, block, wins_table(read_results(matrix[name], matrix["mujoco"]).only(), "ppo"))
+    candidates = read_results(matrix["search_entropy"], matrix["mujoco"]).only()
+    replace_block(page, "candidates", wins_table(candidates, "ppo"))
+    replace_block(page, "search_hopper", returns_table(read_results(matrix["search_hopper"])))
+    late = read_results(matrix["search_band"], matrix["search_advantages"], matrix["mujoco"])
+    replace_block(page, "late candidates", returns_table(late) + "\n\n" + wins_table(late.only(), "ppo"))
     candidate = read_results(matrix["candidate"]).only()
     replace_block(page, "candidate proof", returns_table(candidate) + "\n\n" + aggregates_table(candidate))
     replace_block(page, "median head", returns_table(read_results(matrix["median_head"])))

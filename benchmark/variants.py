@@ -57,7 +57,7 @@ def epsilon_per_dimension():
     update = bpo.update
 
     def scaled_update(agent, optimizer, batch, args, *rest):
-        epsilon = min(args.epsilon * len(agent.actor_logstd) ** 0.5, 0.9)
+        epsilon = args.epsilon * len(agent.actor_logstd) ** 0.5
         return update(agent, optimizer, batch, replace(args, epsilon=epsilon), *rest)
 
     bpo.update = scaled_update
@@ -76,7 +76,7 @@ def anneal_epsilon():
 
 
 def fix_advantages(centre):
-    """Lets A and Ã stand still during an update, less what `centre` takes from each over the rollout."""
+    """Lets A and Ã stand still during an update: what `centre` makes of the rollout's, both (B,)."""
     update, minibatch_losses = bpo.update, bpo.minibatch_losses
 
     def fixed_update(agent, optimizer, batch, args, reevaluate=None, *rest):

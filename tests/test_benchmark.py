@@ -1,5 +1,6 @@
-"""benchmark/run.py and report.py on a matrix of two short runs, the matrices' flags, the variants."""
+"""benchmark/run.py and report.py on a matrix of two short runs, the matrices' flags, the variants, throughput.py."""
 
+import importlib
 import os
 import shlex
 import shutil
@@ -10,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 
 import bpo_continuous
@@ -129,12 +131,65 @@ def test_every_arm_of_a_matrix_has_flags_its_script_knows(path):
 
 
 def test_all_variants_train_compiled_and_together(tmp_path):
-    variants = "one_sided,dead_zone,relative_temperature,anneal_epsilon,centred_advantages"
+    variants = "one_sided,dead_zone,relative_temperature,anneal_epsilon,epsilon_per_dimension,rollout_advantages"
     flags = ["--env-id", "Pendulum-v1", "--total-timesteps", "512", "--num-steps", "256", "--num-minibatches", "4"]
     flags += ["--update-epochs", "2", "--reevaluate", "--compile", "--eval-episodes", "1"]
     trained = run(tmp_path, str(ROOT / "benchmark/variants.py"), variants, *flags)
     assert trained.returncode == 0 and "learning curve" in trained.stdout, trained.stderr
     assert run(tmp_path, str(ROOT / "benchmark/variants.py"), "nonsense").returncode == 1
+
+
+@pytest.fixture
+def variants(monkeypatch):
+    """The variants' functions; bpo_continuous.py is itself again afterwards."""
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    for name in ("update", "minibatch_losses", "bpo_loss", "target_ratio"):
+        monkeypatch.setattr(bpo_continuous, name, getattr(bpo_continuous, name))
+    return importlib.import_module("variants").VARIANTS
+
+
+def seen_in_an_update(action_dim, **changes):
+    """What the first minibatch of an update, which is the whole rollout, saw: ratio (B,), policy loss, batch and arguments."""
+    torch.manual_seed(0)
+    args = bpo_continuous.Args(num_minibatches=1, update_epochs=1, temperature=1e-6, **changes)
+    agent, seen = bpo_continuous.Agent(3, action_dim, args), []
+    optimizer = torch.optim.Adam([bpo_continuous.flatten_parameters(agent)])
+    batch = {"obs": torch.randn(64, 3), "actions": torch.randn(64, action_dim), "values": torch.randn(64)}
+    batch |= {"logprobs": agent.log_prob(batch["obs"], batch["actions"]).detach() + 0.3 * torch.randn(64)}
+    batch |= {"advantages": 1 + torch.randn(64)}
+    batch["returns"] = batch["values"] + batch["advantages"]
+
+    def look(agent, gradient, coefs, batch, args):
+        ratio = (agent.log_prob(batch["obs"], batch["actions"]) - batch["logprobs"]).exp()
+        losses = torch.stack(bpo_continuous.minibatch_losses(agent, batch, args)).detach()
+        seen.append((ratio.detach(), losses[0], batch, args))
+        return losses
+
+    bpo_continuous.update(agent, optimizer, batch, args, None, look)
+    return seen[0]
+
+
+def test_one_sided_with_ppo_s_advantages_is_ppo(variants):
+    variants["one_sided"]()
+    variants["ppo_advantages"]()
+    ratio, loss, batch, args = seen_in_an_update(2)
+    advantages = batch["advantages"] / batch["advantages"].std()
+    assert abs(advantages.mean()) < 1e-6 and (advantages * (ratio - 1) > args.epsilon * advantages.abs()).any()
+    constant = (advantages * (1 + args.epsilon * advantages.sign())).mean()  # E[Aρ*]
+    torch.testing.assert_close(loss, ppo_baseline.ppo_loss(ratio, advantages, args.epsilon) + constant)
+
+
+def test_centred_advantages_have_targets_of_mean_one(variants):
+    variants["centred_advantages"]()
+    _, _, batch, _ = seen_in_an_update(2)
+    assert abs(batch["advantages"].mean()) < 1e-6
+    assert abs(batch["median_advantages"].sign().mean()) <= 2 / 64  # the median is one of the 64
+
+
+@pytest.mark.parametrize("action_dim", [1, 6])
+def test_the_band_grows_with_the_root_of_the_dimensions(variants, action_dim):
+    variants["epsilon_per_dimension"]()
+    assert seen_in_an_update(action_dim, epsilon=0.1225)[3].epsilon == pytest.approx({1: 0.1225, 6: 0.3}[action_dim], abs=1e-3)
 
 
 def test_throughput_measures_training_alone_and_says_what_is_missing(tmp_path):
