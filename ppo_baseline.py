@@ -169,8 +169,11 @@ def make_env(env_id, video_folder=None, name_prefix="train"):
     """One environment with flat observations, filmed if there is a `video_folder`. Exits with a line on a wrong task."""
     if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
         sys.exit(f"{SCRIPT}: {env_id} is an Atari game: use bpo_atari.py, for PPO with --loss ppo")
-    if video_folder and not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
-        os.environ["MUJOCO_GL"] = "egl"  # renders without a screen
+    if video_folder:
+        import torch._dynamo  # noqa: F401  Adam needs it, and Triton in it crashes if a renderer's LLVM was loaded before
+
+        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
+            os.environ["MUJOCO_GL"] = "egl"  # renders without a screen
     try:
         env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if video_folder else {}))
     except gym.error.UnregisteredEnv as error:
@@ -389,7 +392,8 @@ def update(agent, optimizer, batch, args, reevaluate=None, gradient_function=bac
     `reevaluate()`, if there is one, gives the last three anew. `gradient_function` is `backpropagate`, or what compiled it.
     FloatingPointError names the first term that is not finite.
     """
-    gradient = optimizer.param_groups[0]["params"][0].grad  # of all weights, see flatten_parameters
+    weights = optimizer.param_groups[0]["params"][0]  # all in one vector, see flatten_parameters
+    gradient = weights.grad
     names, coefs = zip(*loss_coefficients(args).items())
     coefs, history = torch.tensor(coefs, device=gradient.device), []
     explained_variance = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
@@ -405,8 +409,8 @@ def update(agent, optimizer, batch, args, reevaluate=None, gradient_function=bac
     for _, term in (~history.isfinite()).nonzero()[:1].tolist():
         raise FloatingPointError(f"{names[term]} is not finite")
     metrics = dict(zip(names, history.mean(0))) | ratio_metrics(agent, batch, args)
-    if not metrics["approx_kl"].isfinite():
-        raise FloatingPointError("the ratio is not finite")
+    if not (metrics["approx_kl"].isfinite() and weights.isfinite().all()):
+        raise FloatingPointError("the ratio, or a weight, is not finite")
     return metrics | {"explained_variance": explained_variance}
 
 
@@ -438,6 +442,8 @@ def save_checkpoint(run_dir, checkpoint):
     buffer, temporary = io.BytesIO(), run_dir / "checkpoint.tmp"
     torch.save(convert(checkpoint, np.ndarray | np.generic, lambda array: torch.from_numpy(np.array(array))), buffer)
     try:
+        with open(run_dir / "episodes.csv", "r+b") as file:
+            os.fsync(file.fileno())  # the checkpoint tells how much of it to keep
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
@@ -495,6 +501,8 @@ def plot_learning_curve(run_dir, title, unit="episode"):
 def evaluate(weights, args, run_dir):
     """Plays `eval_episodes` episodes with the policy's mean actions; prints and returns their returns."""
     env = make_env(args.env_id, run_dir / "videos" if args.capture_video else None, "eval")
+    if env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 100_000)  # a good policy might never end an episode
     agent = Agent(env.observation_space.shape[0], math.prod(env.action_space.shape), args)
     agent.load_state_dict(weights)
     policy, returns = agent.numpy_policy(), []
@@ -522,6 +530,11 @@ def check_args(args):
     for name in (*counts, "eval_episodes"):
         if getattr(args, name) < 1:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
+    if not 0 <= args.seed <= 10**9:
+        sys.exit(f"{SCRIPT}: --seed must lie between 0 and 1,000,000,000")
+    for name in ("learning_rate", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be positive")
     batch_size = args.num_envs * args.num_steps
     if 2 * args.num_minibatches > batch_size:
         sys.exit(f"{SCRIPT}: a batch of {batch_size} steps (--num-envs × --num-steps) can't be cut into "
@@ -652,6 +665,10 @@ def train(args):
 
         try:
             metrics = update(agent, optimizer, batch, args, estimate if args.reevaluate else None, gradient_function)
+            if iteration > 1:
+                agent.obs_rms.update(torch.from_numpy(obs).flatten(0, 1))
+            if not agent.obs_rms.scale.isfinite().all():
+                raise FloatingPointError("an observation is not finite")
         except torch._dynamo.exc.TorchDynamoException as error:
             envs.close()
             reason = " ".join(str(error).split("\n\n")[0].split())
@@ -659,8 +676,6 @@ def train(args):
         except FloatingPointError as error:
             envs.close()
             sys.exit(f"{SCRIPT}: stopped at step {global_step}: {error}. {run_dir} keeps the last good checkpoint")
-        if iteration > 1:
-            agent.obs_rms.update(torch.from_numpy(obs).flatten(0, 1))
 
         # Log and save. A full disk costs records, never the training.
         last = iteration == num_iterations or bool(stopped_by)
@@ -717,6 +732,7 @@ def main():
             sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-episodes and --capture-video")
         checkpoint = load_checkpoint(args.evaluate)
         settings = replace(checkpoint["args"], **played)
+        check_args(settings)
         evaluate(checkpoint["agent"], settings, Path(args.evaluate))
     else:
         try:

@@ -75,14 +75,14 @@ def smooth(curve):
 
 
 def read_run(path, total_timesteps):
-    """Columns of a CSV file at each hundredth of the run, smoothed (100,); one without an episode keeps the last."""
+    """Columns of a CSV file at each hundredth of the run (100,), the return smoothed; one without an episode keeps the last."""
     with open(path) as file:
         rows = [row for row in csv.DictReader(line for line in file if line[0] != "#") if row["return"]]
     steps = np.array([int(row["step"]) for row in rows])
     grid = np.arange(1, 101) * total_timesteps // 100
     index = np.maximum(np.searchsorted(steps, grid, side="right") - 1, 0)
     columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
-    return {name: smooth(values[index]) for name, values in columns.items()}
+    return {name: smooth(values[index]) if name == "return" else values[index] for name, values in columns.items()}
 
 
 def read_evaluations(path):
@@ -282,9 +282,12 @@ def evaluations_table(path):
 
 
 def search_table(results):
-    """Markdown: a row an arm, best first: its share of the way from the first policy to a task's best arm, and its returns."""
+    """Markdown: a row an arm, best first: its share of the way from the first policy to a task's best arm, and its returns,
+    over the seeds it has on all of its tasks."""
     finished = {arm: [task for task in results.tasks if task in runs] for arm, runs in results.arms.items()}
-    means = {arm: {task: results.curves(arm, task)[:, -1].mean() for task in tasks} for arm, tasks in finished.items()}
+    seeds = {arm: min(len(results.curves(arm, task)) for task in tasks) for arm, tasks in finished.items() if tasks}
+    ends = {arm: {task: results.curves(arm, task)[: seeds[arm], -1] for task in tasks} for arm, tasks in finished.items()}
+    means = {arm: {task: runs.mean() for task, runs in tasks.items()} for arm, tasks in ends.items()}
     shares = {arm: [] for arm, tasks in finished.items() if tasks}
     for task in results.tasks:
         if not (arms := [arm for arm in shares if task in finished[arm]]):
@@ -297,9 +300,8 @@ def search_table(results):
     lines.append("|---|---|---|" + "---|" * len(results.tasks))
     for arm in sorted(shares, key=lambda arm: (len(shares[arm]), np.mean(shares[arm])), reverse=True):
         score = f"{np.mean(shares[arm]):.2f}" if len(shares[arm]) == len(results.tasks) else "–"
-        seeds = min(len(results.curves(arm, task)) for task in finished[arm])
         returns = [number(means[arm][task]) if task in means[arm] else "–" for task in results.tasks]
-        lines.append(f"| {arm} | {score} | {seeds} | " + " | ".join(returns) + " |")
+        lines.append(f"| {arm} | {score} | {seeds[arm]} | " + " | ".join(returns) + " |")
     return "\n".join(lines)
 
 

@@ -81,16 +81,24 @@ def seconds(text):
     return int(text[:-1]) * units[text[-1]]
 
 
-def load_matrix(path, shard, arms=()):
-    """The runs of a matrix file that fall into a shard, seeds slowest, so that an early stop leaves whole seeds."""
+def read_matrix(path):
     try:
         matrix = tomllib.loads(path.read_text())
-        k, n = map(int, shard.split("/"))
-        arms = [arm for arm in matrix["arms"] if arm in arms or not arms]
-        combinations = [(seed, task, arm) for seed in matrix["seeds"] for task in matrix["tasks"] for arm in arms]
-    except (OSError, tomllib.TOMLDecodeError, KeyError, ValueError) as error:
-        sys.exit(f"run.py: can't use {path} with --shard {shard}: {type(error).__name__} {error}")
-    runs = []
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        sys.exit(f"run.py: can't read {path}: {error}")
+    if missing := {"total_timesteps", "seeds", "tasks", "arms"} - set(matrix):
+        sys.exit(f"run.py: {path} lacks {', '.join(sorted(missing))}")
+    return matrix
+
+
+def load_matrix(path, shard, arms=()):
+    """The runs of a matrix file that fall into a shard, seeds slowest, so that an early stop leaves whole seeds."""
+    k, n = (int(number) if number.isdigit() else 0 for number in shard.split("/")) if shard.count("/") == 1 else (0, 0)
+    if not 1 <= k <= n:
+        sys.exit(f"run.py: --shard {shard} is not k/n, with k from 1 to n")
+    matrix, runs = read_matrix(path), []
+    arms = [arm for arm in matrix["arms"] if arm in arms or not arms]
+    combinations = [(seed, task, arm) for seed in matrix["seeds"] for task in matrix["tasks"] for arm in arms]
     for seed, task, arm in combinations[k - 1 :: n]:
         name = f"{arm}__{task.replace('/', '-')}__{seed}"
         flags = [*shlex.split(matrix["arms"][arm]), matrix.get("task_flag", "--env-id"), task, "--seed", str(seed)]
@@ -162,12 +170,15 @@ def start(run, core):
 
 def main():
     args = tyro.cli(Args)
+    if not args.matrices:
+        sys.exit("run.py: which matrix? Such as benchmark/mujoco.toml")
+    if args.jobs < 1:
+        sys.exit("run.py: --jobs must be at least 1")
+    known = {arm: None for path in args.matrices for arm in read_matrix(path)["arms"]}
+    if wrong := [arm for arm in args.arms if arm not in known]:
+        sys.exit(f"run.py: no arm {wrong[0]!r}: there are {', '.join(known)}")
     deadline = time.monotonic() + seconds(args.time_limit)
     runs = [run for path in args.matrices for run in load_matrix(path, args.shard, args.arms)]
-    if not runs:
-        sys.exit(
-            f"run.py: no run in {', '.join(map(str, args.matrices)) or 'no matrix'} with --arms {' '.join(args.arms) or 'all'}"
-        )
     waiting = [run for run in runs if not run.result.exists()]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
     cores = sorted(os.sched_getaffinity(0))

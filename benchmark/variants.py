@@ -126,4 +126,6 @@ if __name__ == "__main__":
         sys.exit(f"variants.py: the first argument names variants, separated by commas: {', '.join(VARIANTS)}")
     for name in names:
         VARIANTS[name]()
+    bpo.SCRIPT = "variants-" + "-".join(names)  # so that bpo_continuous.py does not go on with it
+    print(f"to go on with an interrupted run: python benchmark/variants.py {','.join(names)} --resume runs/<run>", flush=True)
     bpo.main()

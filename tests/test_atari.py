@@ -232,6 +232,8 @@ def test_a_game_is_filmed_and_a_trained_policy_played_again(tmp_path):
         [*command, "--evaluate", run_dir, "--eval-episodes", "3"], cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 0 and "mean ± std of 3 games" in result.stdout, result.stderr
+    result = subprocess.run([*command, "--evaluate", run_dir, "--eval-episodes", "0"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr == "bpo_atari: --eval-episodes must be at least 1\n"
 
 
 BAD_INPUT = [
@@ -244,6 +246,8 @@ BAD_INPUT = [
     (["--num-minibatches", "2000"], "--num-minibatches"),
     (["--total-timesteps", "10"], "--total-timesteps"),
     (["--device", "cuda:9"], "--device"),
+    (["--seed", "3000000000"], "--seed"),
+    (["--max-grad-norm", "-1"], "--max-grad-norm"),
     (["--resume", "nowhere"], "nowhere"),
     (["--resume", "nowhere", "--seed", "3"], "no other flag"),
     (["--evaluate", "nowhere", "--seed", "3"], "--eval-episodes"),

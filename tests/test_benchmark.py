@@ -113,9 +113,15 @@ def test_the_committed_pages_are_what_the_committed_results_give(tmp_path):
         ["short.toml", "--arms", "none"],
         ["short.toml", "--time-limit", "soon"],
         ["short.toml", "--shard", "a"],
+        ["short.toml", "--shard", "0/2"],
+        ["short.toml", "--shard", "3/2"],
+        ["short.toml", "--jobs", "0"],
+        ["short.toml", "--arms", "small", "mena"],
+        ["lacking.toml"],
     ],
 )
 def test_bad_input_is_answered_in_one_line(repository, flags):
+    (repository / "lacking.toml").write_text("seeds = [1]")
     result = run(repository, "benchmark/run.py", *flags)
     assert result.returncode == 1 and result.stderr.count("\n") == 1
 
@@ -137,6 +143,9 @@ def test_all_variants_train_compiled_and_together(tmp_path):
     trained = run(tmp_path, str(ROOT / "benchmark/variants.py"), variants, *flags)
     assert trained.returncode == 0 and "learning curve" in trained.stdout, trained.stderr
     assert run(tmp_path, str(ROOT / "benchmark/variants.py"), "nonsense").returncode == 1
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    resumed = run(tmp_path, str(ROOT / "bpo_continuous.py"), "--resume", str(run_dir))
+    assert resumed.returncode == 1 and "is a run of variants-one_sided" in resumed.stderr
 
 
 @pytest.fixture

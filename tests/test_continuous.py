@@ -392,6 +392,55 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypa
     assert all(tensor.isfinite().all() for tensor in checkpoint(run_dir)["agent"].values())
 
 
+@pytest.mark.parametrize("iteration", [0, 1])
+def test_an_observation_that_is_not_finite_reaches_no_checkpoint(iteration, tmp_path, monkeypatch):
+    """Normalised it would be clipped to 10, and only the running statistics, seen no sooner than the next loss, be lost."""
+
+    class Overflowing(Countdown):
+        steps = 0
+
+        def step(self, action):
+            obs, *rest = super().step(action)
+            self.steps += 1
+            return obs + (np.inf if self.steps == 256 * iteration + 100 else 0.0), *rest
+
+    gym.register(f"Overflowing{iteration}-v0", Overflowing)
+    monkeypatch.chdir(tmp_path)
+    args = bpo.Args(env_id=f"Overflowing{iteration}-v0", total_timesteps=256 * 10, checkpoint_every=1, **SMALL)
+    with pytest.raises(SystemExit, match=f"stopped at step {256 * (iteration + 1)}: .* is not finite"):
+        bpo.train(args)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert checkpoint(run_dir)["state"]["iteration"] == iteration
+    assert all(tensor.isfinite().all() for tensor in checkpoint(run_dir)["agent"].values())
+
+
+def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    """The critic's after an update's last step: no loss has seen it, nor does a ratio."""
+    monkeypatch.chdir(tmp_path)
+    step, calls = torch.optim.Adam.step, []
+
+    def poisoned_step(self):
+        step(self)
+        calls.append(self)
+        if len(calls) == 2 * SMALL["update_epochs"] * SMALL["num_minibatches"]:
+            self.param_groups[0]["params"][0].data[-1] = np.nan
+
+    monkeypatch.setattr(torch.optim.Adam, "step", poisoned_step)
+    with pytest.raises(SystemExit, match="stopped at step 512: the ratio, or a weight, is not finite"):
+        bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=1024, checkpoint_every=1, **SMALL))
+
+
+def test_an_evaluation_ends_where_episodes_do_not(tmp_path, monkeypatch, capsys):
+    class Endless(Countdown):
+        def step(self, action):
+            return np.zeros(2), 1.0, False, False, {}
+
+    gym.register("Endless-v0", Endless)
+    monkeypatch.chdir(tmp_path)
+    bpo.train(bpo.Args(env_id="Endless-v0", total_timesteps=256, **SMALL))
+    assert "evaluation: 100000.0" in capsys.readouterr().out
+
+
 def test_a_full_disk_costs_a_checkpoint_but_not_the_training(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     fsync, calls = os.fsync, []
@@ -472,6 +521,9 @@ BAD_INPUT = [
     (["--num-minibatches", "4096"], "--num-minibatches"),
     (["--total-timesteps", "100"], "--total-timesteps"),
     (["--num-envs", "0"], "--num-envs"),
+    (["--seed", "-1"], "--seed"),
+    (["--learning-rate", "0"], "--learning-rate"),
+    (["--max-grad-norm", "-1"], "--max-grad-norm"),
     (["--env-id", "Reacher-v5", "--preset", "paper"], "Ant, HalfCheetah, Hopper, Humanoid, Swimmer"),
     (["--resume", "nowhere"], "nowhere"),
     (["--evaluate", "nowhere"], "nowhere"),
@@ -499,6 +551,9 @@ def test_foreign_and_damaged_run_folders_are_answered_in_one_line(tmp_path, monk
     run_dir = bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=256, **SMALL))
     with pytest.raises(SystemExit, match="is a run of bpo_continuous"):
         ppo.load_checkpoint(run_dir)
+    monkeypatch.setattr(sys, "argv", ["bpo_continuous.py", "--evaluate", str(run_dir), "--eval-episodes", "0"])
+    with pytest.raises(SystemExit, match="--eval-episodes must be at least 1"):
+        bpo.main()
     whole = (run_dir / "checkpoint.pt").read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"not a checkpoint"):
         (run_dir / "checkpoint.pt").write_bytes(damaged)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -399,11 +400,42 @@ def test_a_line_of_a_file_ends_where_json_lines_end(tmp_path):
     assert len(task.train) + len(task.test) == 20 and "\u2028" in task.train[0]["prompt"]
 
 
+def test_no_question_of_a_file_is_learned_from_and_tested_on_and_the_test_is_a_sample(tmp_path):
+    problems = "\n".join(json.dumps({"prompt": f"What is {n} + 1?", "answer": str(n + 1)}) for n in [*range(100)] * 2)
+    task = gbpo.load_task(replace(SMALL, task=write(tmp_path, "twice.jsonl", problems)))
+    asked = [int(example["answer"]) for example in task.test]
+    assert len(task.train) == 80 and len(asked) == 20 and not any(example in task.train for example in task.test)
+    assert asked != sorted(asked) and max(asked[:10]) > 50 > min(asked[:10])  # those of the first half are no easier
+
+
+def test_a_scorer_that_stumbles_gives_no_reward():
+    task = gbpo.load_task(replace(SMALL, task="reasoning_gym/prime_factorization"))
+    assert task.score("no number", task.test[0]) == 0.0 and task.score(task.test[0]["answer"], task.test[0]) == 1.0
+
+
+@pytest.mark.parametrize("answer", ["12", "**12**", r"x \(12\)", r"\boxed{12}", "It is 12.", r"\frac{24}{2}"])
+def test_an_answer_in_any_dress_is_the_same_mathematics(answer):
+    assert gbpo.math_score(answer, {"answer": "12"}) == gbpo.math_score(answer, {"answer": r"\(12\)"}) == 1.0
+    assert gbpo.math_score(answer, {"answer": "13"}) == 0.0
+
+
+def test_wandb_is_started_before_the_writer_whose_events_it_reads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: started.append(settings)))
+    writer = gbpo.SummaryWriter
+    monkeypatch.setattr(gbpo, "SummaryWriter", lambda *args, **options: started and writer(*args, **options))
+    gbpo.train(replace(SMALL, total_batches=1, track=True))
+    assert started[0]["sync_tensorboard"]
+
+
 def test_more_held_out_questions_can_be_played_than_the_run_had(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_dir = gbpo.train(replace(SMALL, total_batches=1, eval_prompts=10))
     gbpo.evaluate_run(run_dir, 30, 0)
     assert "30 questions" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--eval-prompts must be at least 1"):
+        gbpo.evaluate_run(run_dir, 0, 0)
 
 
 def test_gpt2_in_shared_rows():
@@ -592,11 +624,15 @@ PROBLEM = '{"prompt": "What is 1 + 1?", "answer": "2"}'
         (["--task", "FILE:broken.json:[{"], "broken.json"),
         (["--task", 'FILE:keys.jsonl:{"question": "?", "answer": "2"}'], "prompt and answer"),
         (["--task", "FILE:few.jsonl:" + PROBLEM], "too few"),
-        (["--task", "FILE:two.jsonl:" + PROBLEM + "\n" + PROBLEM], "--num-prompts"),
+        (["--task", "FILE:two.jsonl:" + PROBLEM + "\n" + PROBLEM.replace("1 + 1", "2")], "--num-prompts"),
         (["--model-name", "Qwen/Qwen2.5-0.5B-Instruct"], "smollm2"),
         (["--model-name", "missing.gguf"], "smollm2"),
         (["--max-new-tokens", "5000"], "--max-new-tokens"),
         (["--few-shot", "-1"], "--few-shot"),
+        (["--seed", "-1"], "--seed"),
+        (["--learning-rate", "0"], "--learning-rate"),
+        (["--max-grad-norm", "-1"], "--max-grad-norm"),
+        (["--warmup-ratio", "3"], "--warmup-ratio"),
         (["--evaluate", "nowhere", "--seed", "3"], "--eval-prompts"),
         (["--resume", "nowhere"], "nowhere"),
         (["--resume", "nowhere", "--seed", "3"], "no other flag"),
