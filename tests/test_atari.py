@@ -232,7 +232,8 @@ def test_a_game_is_filmed_and_a_trained_policy_played_again(tmp_path):
         [*command, "--evaluate", run_dir, "--eval-episodes", "3"], cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 0 and "mean ± std of 3 games" in result.stdout, result.stderr
-    result = subprocess.run([*command, "--evaluate", run_dir, "--eval-episodes", "0"], cwd=tmp_path, capture_output=True, text=True)
+    command += ["--evaluate", run_dir, "--eval-episodes", "0"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr == "bpo_atari: --eval-episodes must be at least 1\n"
 
 

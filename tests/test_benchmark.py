@@ -10,6 +10,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tyro
@@ -193,6 +194,16 @@ def test_centred_advantages_have_targets_of_mean_one(variants):
     _, _, batch, _ = seen_in_an_update(2)
     assert abs(batch["advantages"].mean()) < 1e-6
     assert abs(batch["median_advantages"].sign().mean()) <= 2 / 64  # the median is one of the 64
+
+
+@pytest.mark.parametrize(("seeds", "coverage"), [(3, 0.75), (5, 0.84), (10, 0.91)])
+def test_how_often_an_interval_holds_the_mean_is_what_the_results_page_says(seeds, coverage, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    interval, generator, held = importlib.import_module("report").mean_and_interval, np.random.default_rng(1), []
+    for _ in range(20):
+        _, (low, high) = interval(generator.standard_normal((seeds, 100)))
+        held += [(low < 0) & (high > 0)]
+    assert np.mean(held) == pytest.approx(coverage, abs=0.025)
 
 
 @pytest.mark.parametrize("action_dim", [1, 6])
