@@ -34,6 +34,7 @@ import warnings
 from collections import Counter, deque
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -49,6 +50,7 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).stem
 CSV_HEADER = "step,return,length,wall_time\n"
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+torch.backends.cuda.matmul.allow_tf32 = True  # as in the training scripts of Isaac Lab and mjlab
 
 
 @dataclass
@@ -108,7 +110,10 @@ PAPER = {
 def stock_settings(rl_cfg, args):
     """The fields of Args that are None, from a task's rsl_rl configuration (Isaac Lab's and mjlab's have the same names)."""
     algorithm, actor, critic = rl_cfg.algorithm, rl_cfg.actor, rl_cfg.critic
-    noise = actor.distribution_cfg
+    noise = actor.distribution_cfg if isinstance(actor.distribution_cfg, dict) else vars(actor.distribution_cfg)
+    for kind in (actor.class_name, critic.class_name, noise["class_name"]):
+        if kind not in ("MLPModel", "GaussianDistribution"):
+            sys.exit(f"{SCRIPT}: the agent of {args.task} has a {kind}: this script has an MLP and one σ for all states")
     stock = dict(
         num_steps=rl_cfg.num_steps_per_env, num_minibatches=algorithm.num_mini_batches,
         total_timesteps=rl_cfg.max_iterations * rl_cfg.num_steps_per_env * args.num_envs * WORLD_SIZE,
@@ -118,7 +123,7 @@ def stock_settings(rl_cfg, args):
         vf_coef=algorithm.value_loss_coef, ent_coef=algorithm.entropy_coef, max_grad_norm=algorithm.max_grad_norm,
         norm_obs=actor.obs_normalization, actor_hidden_dims=tuple(actor.hidden_dims), activation=actor.activation,
         critic_hidden_dims=tuple(critic.hidden_dims),
-        init_std=noise["init_std"] if isinstance(noise, dict) else noise.init_std,
+        init_std=noise["init_std"],
     )  # fmt: skip
     if args.loss == "bpo":
         for word, row in PAPER.items():
@@ -165,20 +170,42 @@ def check_task_name(task, tasks):
         sys.exit(f"{SCRIPT}: no task {task!r}. Close: {', '.join(matches) or ', '.join(sorted(tasks)[:5])}")
 
 
+def find_setting(task, config, override):
+    """The object whose field an override a.b.c=value sets, and the field's name; exits with a line if there is none."""
+    *parents, name = override.split("=")[0].split(".")
+    try:
+        for parent in parents:
+            config = config[parent] if isinstance(config, dict) else getattr(config, parent)
+        config[name] if isinstance(config, dict) else getattr(config, name)
+    except (AttributeError, KeyError, TypeError):
+        sys.exit(f"{SCRIPT}: {override} is no setting of {task}")
+    return config, name
+
+
 def load_isaaclab(args, launched):
     """As `load_task`, of Isaac Lab."""
-    if args.task.endswith("-v0"):
-        sys.exit(f"{SCRIPT}: Isaac Lab 3.0 has no versions in its ids: --task {args.task.removesuffix('-v0')}")
     require("isaaclab", "requirements-isaaclab.txt")
     import gymnasium as gym
     from isaaclab.app import launch_simulation  # before isaaclab_tasks
 
     importlib.import_module("isaaclab_tasks")  # registers the tasks
-    from isaaclab_tasks.utils import parse_env_cfg
-    from isaaclab_tasks.utils.parse_cfg import load_cfg_from_registry
+    from isaaclab_rl.rsl_rl import handle_deprecated_rsl_rl_cfg
+    from isaaclab_tasks.utils import resolve_task_config
 
-    check_task_name(args.task, {name for name in gym.registry if "rsl_rl_cfg_entry_point" in gym.spec(name).kwargs})
-    env_cfg = parse_env_cfg(args.task, device=args.device, num_envs=args.num_envs, overrides=list(args.overrides))
+    tasks = {name for name in gym.registry if "rsl_rl_cfg_entry_point" in gym.spec(name).kwargs}
+    if args.task.endswith("-v0") and args.task not in tasks:
+        sys.exit(f"{SCRIPT}: Isaac Lab 3.0 has no versions in its ids: --task {args.task.removesuffix('-v0')}")
+    check_task_name(args.task, tasks)
+    presets = [override for override in args.overrides if override.startswith(("presets=", "physics=", "renderer="))]
+    try:
+        env_cfg, rl_cfg = resolve_task_config(args.task, "rsl_rl_cfg_entry_point", overrides=presets)
+        for override in set(args.overrides) - set(presets):  # Isaac Lab would take one of no setting without a word
+            find_setting(args.task, {"env": env_cfg, "agent": rl_cfg}, override)
+        env_cfg, rl_cfg = resolve_task_config(args.task, "rsl_rl_cfg_entry_point", overrides=list(args.overrides))
+    except (ValueError, TypeError, KeyError) as error:
+        sys.exit(f"{SCRIPT}: {args.task} can't take {' '.join(args.overrides)}: {str(error).splitlines()[0]}")
+    rl_cfg = handle_deprecated_rsl_rl_cfg(rl_cfg, version("rsl-rl-lib"))
+    env_cfg.sim.device, env_cfg.scene.num_envs = args.device, args.num_envs
     env_cfg.seed, env_cfg.compute_final_obs = args.seed + RANK, True
 
     def make_env():
@@ -191,7 +218,7 @@ def load_isaaclab(args, launched):
         launched.callback(env.close)
         return env
 
-    return load_cfg_from_registry(args.task, "rsl_rl_cfg_entry_point"), make_env
+    return rl_cfg, make_env
 
 
 def load_mjlab(args, launched):
@@ -207,17 +234,14 @@ def load_mjlab(args, launched):
     env_cfg = load_env_cfg(args.task)
     env_cfg.scene.num_envs, env_cfg.seed = args.num_envs, args.seed + RANK
     for override in args.overrides:
-        path, value = override.removeprefix("env.").split("=", 1)
-        *parents, name = path.split(".")
+        target, name = find_setting(args.task, {"env": env_cfg}, override)
+        old, value = target[name] if isinstance(target, dict) else getattr(target, name), override.split("=", 1)[1]
         try:
-            target = env_cfg
-            for parent in parents:
-                target = target[parent] if isinstance(target, dict) else getattr(target, parent)
-            old = getattr(target, name)
             value = value if isinstance(old, str) else json.loads(value.lower())
-            setattr(target, name, tuple(value) if isinstance(old, tuple) else value)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            sys.exit(f"{SCRIPT}: {override} is no setting of {args.task}, or no value for it")
+            value = tuple(value) if isinstance(old, tuple) else value
+        except (TypeError, ValueError):
+            sys.exit(f"{SCRIPT}: {override}: no value for a setting that is {old} now")
+        target.update({name: value}) if isinstance(target, dict) else setattr(target, name, value)
 
     def make_env():
         render_mode = "rgb_array" if args.capture_video else None
@@ -230,6 +254,10 @@ def load_mjlab(args, launched):
 
 def load_task(args, launched):
     """A task's rsl_rl configuration, and what makes the environment, which `launched` closes in the end."""
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        sys.exit(f"{SCRIPT}: --device {args.device} is not to be had here: take cpu")
     if args.task.startswith("Mjlab-"):
         return load_mjlab(args, launched)
     if args.capture_video:
@@ -245,16 +273,19 @@ class Envs:
         self.num_envs, self.max_episode_length = env.unwrapped.num_envs, env.unwrapped.max_episode_length
         self.num_actions = env.unwrapped.single_action_space.shape[0]
         self.action_limit = rl_cfg.clip_actions if isinstance(rl_cfg.clip_actions, float | int) else math.inf
+        self.random_start = getattr(rl_cfg, "init_at_random_ep_len", True)
         self.is_finite_horizon = env.unwrapped.cfg.is_finite_horizon  # the time limit belongs to the task, and is no cut
 
     def split(self, obs):
         """Observation groups by name → actor's (N, D), critic's (N, D′), which are privileged where the task has such."""
-        for name, value in obs.items():
-            if value.ndim != 2:
-                sys.exit(f"{SCRIPT}: the observations {name!r} are images {tuple(value.shape[1:])}; this script takes vectors")
         groups = {"actor": ["actor"] if "actor" in obs else ["policy"]}
         groups["critic"] = ["critic"] if "critic" in obs else groups["actor"]
-        groups |= {key: names for key, names in self.groups.items() if set(names) <= set(obs)}
+        groups |= self.groups
+        for name in (*groups["actor"], *groups["critic"]):
+            if name not in obs:
+                sys.exit(f"{SCRIPT}: the task's agent takes observations {name!r}, its environment has {', '.join(obs)}")
+            if not isinstance(obs[name], torch.Tensor) or obs[name].ndim != 2:
+                sys.exit(f"{SCRIPT}: the observations {name!r} are no vectors, but images or a dict; this script takes vectors")
         return tuple(torch.cat([obs[name] for name in groups[key]], -1) for key in ("actor", "critic"))
 
     def reset(self, random_start=False):
@@ -531,8 +562,8 @@ def update(agent, optimizer, batch, args, reevaluate=None):
     metrics = dict(zip(names, history.mean(0))) | ratio_metrics(agent, batch, args)
     metrics["explained_variance"] = explained_variance
     metrics = dict(zip(metrics, average(torch.stack(list(metrics.values())))))
-    if not metrics["approx_kl"].isfinite():
-        raise FloatingPointError("the ratio is not finite")
+    if not (metrics["approx_kl"].isfinite() and actor.isfinite().all() and critic.isfinite().all()):
+        raise FloatingPointError("the ratio, or a weight, is not finite")
     return metrics
 
 
@@ -684,8 +715,14 @@ def train(args):
         args = stock_settings(rl_cfg, args)
         check_args(args)
         envs = Envs(make_env(), rl_cfg)
-        run_dir = Path(args.resume) if checkpoint else new_run_dir(args) if first else None
-        return train_in(envs, args, checkpoint, run_dir, first)
+        try:
+            run_dir = Path(args.resume) if checkpoint else new_run_dir(args) if first else None
+            run_dir = train_in(envs, args, checkpoint, run_dir, first)
+        except OSError as error:  # here, since Isaac Lab prints the trace of all that leaves it
+            sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    return run_dir
 
 
 def train_in(envs, args, checkpoint, run_dir, first):
@@ -712,8 +749,8 @@ def train_in(envs, args, checkpoint, run_dir, first):
         signal.signal(signum, signal.SIG_DFL)  # unless the signal comes again
 
     handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    envs.env.unwrapped.common_step_counter = state["curriculum"]  # what a task's curriculum goes by
-    obs, critic_obs = envs.reset(random_start=True)
+    obs, critic_obs = envs.reset(envs.random_start)
+    envs.env.unwrapped.common_step_counter = state["curriculum"]  # what a task's curriculum goes by, with levels drawn at 0
     agent = Agent(obs.shape[1], critic_obs.shape[1], envs.num_actions, args).to(args.device)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
@@ -789,10 +826,13 @@ def train_in(envs, args, checkpoint, run_dir, first):
         batch["logprobs"] = log_prob(batch["actions"], batch["means"], agent.actor_logstd.detach())
         try:
             metrics = update(agent, optimizer, batch, args, estimate if args.reevaluate else None)
+            if iteration > 1:
+                update_statistics()
+            if not all(buffer.isfinite().all() for buffer in agent.buffers()):
+                raise FloatingPointError("an observation is not finite")
         except FloatingPointError as error:
-            sys.exit(f"{SCRIPT}: stopped at step {global_step}: {error}. {run_dir} keeps the last good checkpoint")
-        if iteration > 1:
-            update_statistics()
+            message = f"{SCRIPT}: stopped at step {global_step}: {error}. {run_dir} keeps the last good checkpoint"
+            sys.exit(message if first else 1)
 
         # Log and save. A full disk costs records, never the training.
         ended = average(torch.cat((ended, ended.new_tensor([len(stopped_by)])))) * WORLD_SIZE
@@ -855,16 +895,13 @@ def main():
         with contextlib.ExitStack() as launched:
             rl_cfg, make_env = load_task(settings, launched)
             envs = Envs(make_env(), rl_cfg)
-            envs.env.unwrapped.common_step_counter = checkpoint["state"]["curriculum"]
             obs, critic_obs = envs.reset()
+            envs.env.unwrapped.common_step_counter = checkpoint["state"]["curriculum"]
             agent = Agent(obs.shape[1], critic_obs.shape[1], envs.num_actions, settings).to(args.device)
             agent.load_state_dict(checkpoint["agent"])
             evaluate(agent, envs, settings, Path(args.evaluate))
     else:
-        try:
-            train(replace(args, overrides=tuple(overrides)))
-        except OSError as error:
-            sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
+        train(replace(args, overrides=tuple(overrides)))
 
 
 if __name__ == "__main__":

@@ -37,15 +37,19 @@ class Args:
 
 def make_runner(env, rl_cfg, device):
     """rsl_rl's runner on an environment of `bpo_isaaclab.load_isaaclab`."""
-    from importlib.metadata import version
-
-    from isaaclab_rl.rsl_rl import RslRlVecEnvWrapper, handle_deprecated_rsl_rl_cfg
+    from isaaclab_rl.rsl_rl import RslRlVecEnvWrapper
     from rsl_rl.runners import OnPolicyRunner
 
-    rl_cfg = handle_deprecated_rsl_rl_cfg(rl_cfg, version("rsl-rl-lib"))
     rl_cfg.device = device
     wrapped = RslRlVecEnvWrapper(env, clip_actions=rl_cfg.clip_actions)
     return OnPolicyRunner(wrapped, rl_cfg.to_dict(), log_dir=None, device=device)
+
+
+def now():
+    """Seconds, once the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def on_step(env, function):
@@ -53,9 +57,9 @@ def on_step(env, function):
     step = env.step
 
     def timed_step(actions):
-        start = time.perf_counter()
+        start = now()
         result = step(actions)
-        function(result, time.perf_counter() - start)
+        function(result, now() - start)
         return result
 
     env.step = timed_step
@@ -95,9 +99,9 @@ def compare_speed(args, env, rl_cfg):
 
     def timed(function, name):
         def wrapper(*arguments, **options):
-            start = time.perf_counter()
+            start = now()
             result = function(*arguments, **options)
-            seconds[name] += time.perf_counter() - start
+            seconds[name] += now() - start
             return result
 
         return wrapper
@@ -115,10 +119,10 @@ def compare_speed(args, env, rl_cfg):
 
     def measure(train):
         seconds.update(step=0.0, learn=0.0)
-        start = time.perf_counter()
+        start = now()
         with contextlib.redirect_stdout(None):
             train()
-        return seconds["learn"], time.perf_counter() - start - seconds["learn"] - seconds["step"]
+        return seconds["learn"], now() - start - seconds["learn"] - seconds["step"]
 
     def ours(loss):
         settings = bpo.stock_settings(rl_cfg, bpo.Args(task=args.task, loss=loss, num_envs=args.num_envs, device=args.device))

@@ -59,11 +59,12 @@ class PointMass:
 
 
 def rl_cfg():
-    noise = SimpleNamespace(init_std=0.8)
+    noise = SimpleNamespace(class_name="GaussianDistribution", init_std=0.8)
     algorithm = SimpleNamespace(num_learning_epochs=4, num_mini_batches=4, learning_rate=1e-3, schedule="adaptive", gamma=0.97,
                                 lam=0.9, entropy_coef=0.005, desired_kl=0.01, max_grad_norm=1.0, value_loss_coef=2.0,
                                 use_clipped_value_loss=True, clip_param=0.2)  # fmt: skip
-    actor = SimpleNamespace(hidden_dims=[64, 32], activation="elu", obs_normalization=True, distribution_cfg=noise)
+    actor = SimpleNamespace(class_name="MLPModel", hidden_dims=[64, 32], activation="elu", obs_normalization=True,
+                            distribution_cfg=noise)  # fmt: skip
     return SimpleNamespace(
         algorithm=algorithm,
         actor=actor,
@@ -249,7 +250,6 @@ def test_a_single_episode_of_any_run_can_be_played(point_mass, monkeypatch, caps
 
 
 BAD_INPUT = [
-    (["--task", "Isaac-Humanoid-v0"], "--task Isaac-Humanoid"),
     (["--epsilom", "1"], "--epsilom"),
     (["nonsense"], "override"),
     (["--capture-video"], "Isaac Sim"),
@@ -257,11 +257,27 @@ BAD_INPUT = [
     (["--resume", "nowhere", "--seed", "3"], "no other flag"),
     (["--evaluate", "nowhere"], "nowhere"),
     (["--evaluate", "nowhere", "--seed", "3"], "--eval-episodes"),
+    (["--task", "Mjlab-Cartpole-Balance", "--device", "cuda:9"], "--device"),
 ]
 if importlib.util.find_spec("isaaclab") is None:
     BAD_INPUT.append((["--task", "Isaac-Humanoid"], "pip install -r requirements-isaaclab.txt"))
+else:
+    BAD_INPUT += [
+        (["--task", "Isaac-Humanoid-v0"], "--task Isaac-Humanoid"),
+        (["--task", "Isaac-Humanoud"], "Isaac-Humanoid"),
+        (["--task", "IsaacContrib-Franka-Pour"], "HeteroscedasticGaussianDistribution"),
+        (["--task", "Isaac-Ant", "env.episode_length=5"], "env.episode_length"),
+        (["--task", "Isaac-Ant", "nonsense=5"], "nonsense=5 is no setting"),
+        (["--task", "Isaac-Ant", "presets=nonsense"], "nonsense"),
+    ]
 if importlib.util.find_spec("mjlab") is None:
     BAD_INPUT.append((["--task", "Mjlab-Cartpole-Balance"], "pip install -r requirements-mjlab.txt"))
+else:
+    BAD_INPUT += [
+        (["--task", "Mjlab-Cartpole-Balanse"], "Mjlab-Cartpole-Balance"),
+        (["--task", "Mjlab-Cartpole-Balance", "env.nonsense=5"], "env.nonsense=5 is no setting"),
+        (["--task", "Mjlab-Cartpole-Balance", "env.episode_length_s=long"], "env.episode_length_s=long"),
+    ]
 
 
 @pytest.mark.parametrize(("flags", "words"), BAD_INPUT, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
@@ -275,7 +291,8 @@ def test_bad_input_is_answered_in_one_line(flags, words, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [({"epsilon": 1.5}, "--epsilon"), ({"temperature": 0.0}, "--temperature"), ({"num_minibatches": 999}, "--num-minibatches"),
+    [({"seed": -1}, "--seed"), ({"init_std": 0.0}, "--init-std"), ({"max_grad_norm": -1.0}, "--max-grad-norm"),
+     ({"epsilon": 1.5}, "--epsilon"), ({"temperature": 0.0}, "--temperature"), ({"num_minibatches": 999}, "--num-minibatches"),
      ({"total_timesteps": 9}, "--total-timesteps"), ({"activation": "none"}, "--activation"), ({"num_envs": 0}, "--num-envs")],
 )  # fmt: skip
 def test_impossible_settings_are_answered_in_one_line(flags, words, point_mass):
@@ -284,9 +301,55 @@ def test_impossible_settings_are_answered_in_one_line(flags, words, point_mass):
     assert not Path("runs").exists()
 
 
-def test_images_are_refused():
+def test_images_and_missing_observations_are_refused_and_others_left_alone():
+    envs = bpo.Envs(PointMass(2), rl_cfg())
     with pytest.raises(SystemExit, match="images"):
-        bpo.Envs(PointMass(2), rl_cfg()).split({"policy": torch.zeros(2, 3, 8, 8)})
+        envs.split({"policy": torch.zeros(2, 3, 8, 8)})
+    obs = {"policy": torch.zeros(2, 3), "camera": torch.zeros(2, 3, 8, 8), "terms": {"speed": torch.zeros(2, 1)}}
+    assert [part.shape for part in envs.split(obs)] == [(2, 3), (2, 3)]
+    envs.groups = {"actor": ["policy"], "critic": ["policy", "privileged"]}
+    with pytest.raises(SystemExit, match="'privileged', its environment has policy, camera, terms"):
+        envs.split(obs)
+
+
+@pytest.mark.parametrize("random_start", [True, False])
+def test_episodes_start_at_random_lengths_where_the_task_wants_it(random_start, point_mass, monkeypatch):
+    configuration, started = rl_cfg(), []
+    configuration.init_at_random_ep_len = random_start
+    monkeypatch.setattr(bpo, "load_task", lambda args, launched: (configuration, lambda: PointMass(args.num_envs)))
+    reset = bpo.Envs.reset
+    monkeypatch.setattr(
+        bpo.Envs, "reset", lambda self, *args: (reset(self, *args), started.append(self.env.episode_length_buf.clone()))[0]
+    )
+    bpo.train(bpo.Args(total_timesteps=32 * 8, **SMALL))
+    assert (started[0] > 0).any() == random_start
+
+
+@pytest.mark.parametrize("kind", ["RNNModel", "HeteroscedasticGaussianDistribution"])
+def test_agents_of_another_kind_are_refused(kind, point_mass, monkeypatch):
+    configuration = rl_cfg()
+    (configuration.actor if "Model" in kind else configuration.actor.distribution_cfg).class_name = kind
+    monkeypatch.setattr(bpo, "load_task", lambda args, launched: (configuration, lambda: PointMass(args.num_envs)))
+    with pytest.raises(SystemExit, match=f"has a {kind}"):
+        bpo.train(bpo.Args(**SMALL))
+
+
+def test_an_observation_that_is_not_finite_reaches_no_checkpoint(point_mass, monkeypatch):
+    step, calls = PointMass.step, []
+
+    def overflowing(self, actions):
+        obs, *rest = step(self, actions)
+        calls.append(self)
+        if len(calls) == 12:
+            obs["critic"][3] = math.inf
+        return obs, *rest
+
+    monkeypatch.setattr(PointMass, "step", overflowing)
+    with pytest.raises(SystemExit, match=f"stopped at step {32 * 8 * 2}: an observation is not finite"):
+        bpo.train(bpo.Args(total_timesteps=32 * 8 * 4, checkpoint_every=1, **SMALL))
+    (run_dir,) = Path("runs").iterdir()
+    assert checkpoint(run_dir)["state"]["step"] == 32 * 8
+    assert all(tensor.isfinite().all() for tensor in checkpoint(run_dir)["agent"].values())
 
 
 # The real stacks ------------------------------------------------------------------------------------------------------
