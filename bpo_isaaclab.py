@@ -224,8 +224,11 @@ def load_isaaclab(args, launched):
 def load_mjlab(args, launched):
     """As `load_task`, of mjlab."""
     require("mjlab", "requirements-mjlab.txt")
-    if args.capture_video and not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
-        os.environ["MUJOCO_GL"] = "egl"  # renders without a screen
+    if args.capture_video:
+        import torch._dynamo  # noqa: F401  Adam needs it, and Triton in it crashes if a renderer's LLVM was loaded before
+
+        if not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
+            os.environ["MUJOCO_GL"] = "egl"  # renders without a screen
     importlib.import_module("mjlab.tasks")  # registers the tasks
     from mjlab.envs import ManagerBasedRlEnv
     from mjlab.tasks.registry import list_tasks, load_env_cfg, load_rl_cfg
