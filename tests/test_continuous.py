@@ -136,6 +136,7 @@ def test_a_saved_simulator_goes_on_bit_for_bit(env_id, tmp_path):
 
     play(env, actions[:60])
     play(twin, actions[:10])
+    (tmp_path / "episodes.csv").touch()
     bpo.save_checkpoint(tmp_path, {"state": env.simulator_state})  # through the file, as on resume
     twin.simulator_state = bpo.convert(checkpoint(tmp_path)["state"], torch.Tensor, torch.Tensor.numpy)
     np.testing.assert_array_equal(play(env, actions[60:]), play(twin, actions[60:]))
