@@ -82,6 +82,7 @@ def seconds(text):
 
 
 def read_matrix(path):
+    """What a matrix file says; exits with a line if it can't be read or lacks a part."""
     try:
         matrix = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
