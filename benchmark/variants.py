@@ -75,6 +75,17 @@ def anneal_epsilon():
     bpo.update = annealed_update
 
 
+@variant
+def centred_minibatch():
+    """A and Ã less their mean and median over the minibatch: else a critic's bias asks all ratios up, or down, at once."""
+    bpo_loss = bpo.bpo_loss
+
+    def centred_loss(ratio, advantages, median_advantages, *band):
+        return bpo_loss(ratio, advantages - advantages.mean(), median_advantages - median_advantages.median(), *band)
+
+    bpo.bpo_loss = centred_loss
+
+
 def fix_advantages(centre):
     """Lets A and Ã stand still during an update: what `centre` makes of the rollout's, both (B,)."""
     update, minibatch_losses = bpo.update, bpo.minibatch_losses
