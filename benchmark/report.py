@@ -385,7 +385,7 @@ def rebuild():
     candidates = read_results(matrix["search_entropy"], matrix["mujoco"]).only()
     replace_block(page, "candidates", wins_table(candidates, "ppo"))
     replace_block(page, "search_hopper", returns_table(read_results(matrix["search_hopper"])))
-    late = read_results(*(matrix[f"search_{name}"] for name in ("band", "advantages", "horizon")), matrix["mujoco"])
+    late = read_results(*(matrix[f"search_{name}"] for name in ("band", "advantages", "horizon", "centred")), matrix["mujoco"])
     replace_block(page, "late candidates", returns_table(late) + "\n\n" + wins_table(late.only(), "ppo"))
     candidate = read_results(matrix["candidate"]).only()
     replace_block(page, "candidate proof", returns_table(candidate) + "\n\n" + aggregates_table(candidate))
