@@ -163,9 +163,12 @@ def aggregates(results, arm, reference):
 
 
 def estimates(scores, function):
-    """{name: (estimate, low, high)}, the 95 % interval from 2000 resamples of each task's seeds."""
+    """{name: (estimate, low, high)}, the 95 % interval from 2000 resamples of each task's seeds; of two seeds there is none."""
     np.random.seed(0)  # rliable draws from numpy's global generator, whatever it is given
     points, intervals = library.get_interval_estimates(scores, function, reps=2000)
+    for name, arms in scores.items():
+        if min(map(len, arms if isinstance(arms, tuple) else (arms,))) < 3:
+            intervals[name][:] = points[name][0]
     return {name: (points[name][0], *intervals[name][:, 0]) for name in scores}
 
 
@@ -255,7 +258,9 @@ def aggregates_table(results, arm="bpo", reference="ppo"):
     lines = [f"| arm | interquartile mean of normalised return | probability that {arm} improves on it | runs |"]
     lines.append("|---|---|---|---|")
     for name in results.arms:
-        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*values[name]) if name in values else "–" for values in (iqm, improvement)]
+        cells = []
+        for point, low, high in (values.get(name, (None,) * 3) for values in (iqm, improvement)):
+            cells.append("–" if point is None else f"{point:.2f}" + (f" [{low:.2f}, {high:.2f}]" if high > low else ""))
         lines.append(f"| {name} | {cells[0]} | {cells[1]} | {scores[name].size} |")
     return "\n".join(lines)
 
