@@ -196,6 +196,30 @@ def test_centred_advantages_have_targets_of_mean_one(variants):
     assert abs(batch["median_advantages"].sign().mean()) <= 2 / 64  # the median is one of the 64
 
 
+def test_advantages_centred_over_the_minibatch_have_targets_of_mean_one(variants):
+    seen, bpo_loss = [], bpo_continuous.bpo_loss
+    bpo_continuous.bpo_loss = lambda *args: seen.append(args) or bpo_loss(*args)
+    variants["centred_minibatch"]()
+    seen_in_an_update(2)
+    _, advantages, median_advantages, epsilon, temperature = seen[0]
+    assert abs(advantages.mean()) < 1e-6
+    ratios = bpo_continuous.target_ratio(median_advantages, epsilon, temperature)
+    assert abs(ratios.mean() - 1) <= 2 * epsilon / 64  # the median is one of the 64
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_there_is_no_interval_of_fewer_than_three_seeds(seeds, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    report = importlib.import_module("report")
+    generator = np.random.default_rng(0)
+    runs = {"ours": generator.random((5, 4)), "theirs": generator.random((seeds, 4))}
+    mean = report.estimates(runs, lambda x: np.array([x.mean()]))
+    wins = report.estimates({"theirs": tuple(runs.values())}, lambda x, y: np.array([(x[:, None] > y).mean()]))
+    assert mean["ours"][2] > mean["ours"][1]
+    for point, low, high in (mean["theirs"], wins["theirs"]):
+        assert (low < point < high) if seeds == 3 else (low == point == high)
+
+
 @pytest.mark.parametrize(("seeds", "coverage"), [(3, 0.75), (5, 0.84), (10, 0.91)])
 def test_how_often_an_interval_holds_the_mean_is_what_the_results_page_says(seeds, coverage, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmark")
