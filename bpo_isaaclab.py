@@ -93,7 +93,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "brrl"  # its project
     wandb_entity: str | None = None  # its team
-    resume: str | None = None  # run folder to go on with; the configuration is its own
+    resume: str | None = None  # run folder to go on with, under its own configuration; takes --device beside it
     evaluate: str | None = None  # run folder whose policy is played; nothing is trained
 
 
@@ -141,6 +141,14 @@ def check_args(args):
     for name in ("learning_rate", "max_grad_norm", "init_std"):
         if not getattr(args, name) > 0:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be positive")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(args, name) <= 1:
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must lie between 0 and 1")
+    for name in ("desired_kl", "vf_coef", "median_coef"):
+        if not getattr(args, name) >= 0:
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} can't be negative")
+    if min(args.actor_hidden_dims + args.critic_hidden_dims, default=1) < 1:
+        sys.exit(f"{SCRIPT}: --actor-hidden-dims and --critic-hidden-dims must be at least 1")
     batch_size = args.num_envs * args.num_steps
     if 2 * args.num_minibatches > batch_size:
         sys.exit(f"{SCRIPT}: a batch of {batch_size} steps (--num-envs × --num-steps) can't be cut into "
@@ -170,8 +178,13 @@ def check_task_name(task, tasks):
         sys.exit(f"{SCRIPT}: no task {task!r}. Close: {', '.join(matches) or ', '.join(sorted(tasks)[:5])}")
 
 
+FLAGS = {"env.scene.num_envs": "--num-envs", "env.seed": "--seed", "env.sim.device": "--device", "agent.seed": "--seed"}
+
+
 def find_setting(task, config, override):
     """The object whose field an override a.b.c=value sets, and the field's name; exits with a line if there is none."""
+    if flag := FLAGS.get(override.split("=")[0]):
+        sys.exit(f"{SCRIPT}: {override}: the flag {flag} sets this")
     *parents, name = override.split("=")[0].split(".")
     try:
         for parent in parents:
@@ -182,6 +195,16 @@ def find_setting(task, config, override):
     return config, name
 
 
+def get_setting(task, config, override):
+    config, name = find_setting(task, config, override)
+    return config[name] if isinstance(config, dict) else getattr(config, name)
+
+
+def check_type(override, old, new):
+    if isinstance(old, bool | int | float) and not isinstance(new, bool | int | float):
+        sys.exit(f"{SCRIPT}: {override}: no value for a setting that is {old} now")
+
+
 def load_isaaclab(args, launched):
     """As `load_task`, of Isaac Lab."""
     require("isaaclab", "requirements-isaaclab.txt")
@@ -189,6 +212,7 @@ def load_isaaclab(args, launched):
     from isaaclab.app import launch_simulation  # before isaaclab_tasks
 
     importlib.import_module("isaaclab_tasks")  # registers the tasks
+    from isaaclab.envs import DirectMARLEnvCfg
     from isaaclab_rl.rsl_rl import handle_deprecated_rsl_rl_cfg
     from isaaclab_tasks.utils import resolve_task_config
 
@@ -199,22 +223,29 @@ def load_isaaclab(args, launched):
     presets = [override for override in args.overrides if override.startswith(("presets=", "physics=", "renderer="))]
     try:
         env_cfg, rl_cfg = resolve_task_config(args.task, "rsl_rl_cfg_entry_point", overrides=presets)
-        for override in set(args.overrides) - set(presets):  # Isaac Lab would take one of no setting without a word
-            find_setting(args.task, {"env": env_cfg, "agent": rl_cfg}, override)
+        # Isaac Lab would take an override of no setting, or text for a number, without a word.
+        others = [override for override in args.overrides if override not in presets]
+        old = [get_setting(args.task, {"env": env_cfg, "agent": rl_cfg}, override) for override in others]
         env_cfg, rl_cfg = resolve_task_config(args.task, "rsl_rl_cfg_entry_point", overrides=list(args.overrides))
+        for override, value in zip(others, old):
+            check_type(override, value, get_setting(args.task, {"env": env_cfg, "agent": rl_cfg}, override))
     except (ValueError, TypeError, KeyError) as error:
         sys.exit(f"{SCRIPT}: {args.task} can't take {' '.join(args.overrides)}: {str(error).splitlines()[0]}")
+    if isinstance(env_cfg, DirectMARLEnvCfg):
+        sys.exit(f"{SCRIPT}: {args.task} has several agents, this script trains one")
     rl_cfg = handle_deprecated_rsl_rl_cfg(rl_cfg, version("rsl-rl-lib"))
     env_cfg.sim.device, env_cfg.scene.num_envs = args.device, args.num_envs
     env_cfg.seed, env_cfg.compute_final_obs = args.seed + RANK, True
 
     def make_env():
-        launched.enter_context(launch_simulation(env_cfg, {"visualizer": []}))
         try:
+            launched.enter_context(launch_simulation(env_cfg, {"visualizer": []}))
             env = gym.make(args.task, cfg=env_cfg)
         except FileNotFoundError as error:
             sys.exit(f"{SCRIPT}: the task's assets can't be read ({error}): without the asset server, set ISAACSIM_ASSET_ROOT "
                      "to a folder that holds them")  # fmt: skip
+        except (ValueError, ImportError) as error:
+            sys.exit(f"{SCRIPT}: {args.task} can't be made here: {str(error).splitlines()[0]}")
         launched.callback(env.close)
         return env
 
@@ -238,17 +269,22 @@ def load_mjlab(args, launched):
     env_cfg.scene.num_envs, env_cfg.seed = args.num_envs, args.seed + RANK
     for override in args.overrides:
         target, name = find_setting(args.task, {"env": env_cfg}, override)
-        old, value = target[name] if isinstance(target, dict) else getattr(target, name), override.split("=", 1)[1]
+        old, value = get_setting(args.task, {"env": env_cfg}, override), override.split("=", 1)[1]
         try:
             value = value if isinstance(old, str) else json.loads(value.lower())
             value = tuple(value) if isinstance(old, tuple) else value
         except (TypeError, ValueError):
             sys.exit(f"{SCRIPT}: {override}: no value for a setting that is {old} now")
+        check_type(override, old, value)
         target.update({name: value}) if isinstance(target, dict) else setattr(target, name, value)
 
     def make_env():
         render_mode = "rgb_array" if args.capture_video else None
-        env = ManagerBasedRlEnv(cfg=env_cfg, device=args.device, render_mode=render_mode)
+        try:
+            env = ManagerBasedRlEnv(cfg=env_cfg, device=args.device, render_mode=render_mode)
+        except FileNotFoundError as error:
+            sys.exit(f"{SCRIPT}: {args.task} needs a file ({error}); the tracking tasks' is given as "
+                     "env.commands.motion.motion_file=FILE")  # fmt: skip
         launched.callback(env.close)
         return env
 
@@ -294,9 +330,9 @@ class Envs:
     def reset(self, random_start=False):
         """Starts all episodes, with `random_start` at different distances from their time limit; returns observations."""
         obs, _ = self.env.reset()
-        if random_start:
-            lengths = self.env.unwrapped.episode_length_buf
-            self.env.unwrapped.episode_length_buf = torch.randint_like(lengths, high=int(self.max_episode_length))
+        lengths = self.env.unwrapped.episode_length_buf  # some tasks draw it at random themselves
+        high = int(self.max_episode_length) if random_start else 1
+        self.env.unwrapped.episode_length_buf = torch.randint_like(lengths, high=high)
         actor_obs, self.critic_obs = self.split(obs)
         return actor_obs, self.critic_obs
 
@@ -410,7 +446,7 @@ def log_prob(actions, means, logstd):
 def gaussian_kl(old_means, old_logstd, means, logstd):
     """KL(N₀‖N) = Σ_a log(σ/σ₀) + (σ₀² + (m₀−m)²)/(2σ²) − ½: (B, A), (A,), (B, A), (A,) → (B,)"""
     variances = (2 * old_logstd).exp() + (old_means - means) ** 2
-    return (logstd - old_logstd + 0.5 * variances * (-2 * logstd).exp() - 0.5).sum(-1)
+    return (logstd - old_logstd + 0.5 * (variances / (2 * logstd).exp() - 1)).sum(-1)  # exactly 0 where they are the same
 
 
 def flatten_parameters(parameters):
@@ -452,6 +488,7 @@ def estimate_returns(agent, rollout, args):
     """
     values, next_values = agent.get_value(rollout["obs"]), agent.get_value(rollout["next_obs"])
     ends = rollout["terminations"], rollout["dones"]
+    next_values = next_values.where(ends[0] == 0, 0)  # what a simulation that failed leaves need not be finite
     advantages = gae(rollout["rewards"], values, next_values, *ends, args.gamma, args.gae_lambda)
     return {"values": values.flatten(), "advantages": advantages.flatten(), "returns": (advantages + values).flatten()}
 
@@ -524,8 +561,11 @@ def minibatch_losses(agent, batch, old_logstd, args):
 
 @torch.no_grad()
 def adapt_learning_rate(learning_rate, kl, desired_kl):
-    """Lowers the learning rate, a tensor (), where KL(π₀‖π) is above twice the desired one, raises it below half; in place."""
-    factor = torch.where(kl > 2 * desired_kl, 1 / 1.5, torch.where(kl < desired_kl / 2, 1.5, 1.0))
+    """Lowers the learning rate, a tensor (), where KL(π₀‖π) is above twice the desired one, raises it below half; in place.
+
+    As in rsl_rl a KL of 0, a rollout's first, tells nothing.
+    """
+    factor = torch.where(kl > 2 * desired_kl, 1 / 1.5, torch.where((kl > 0) & (kl < desired_kl / 2), 1.5, 1.0))
     learning_rate.mul_(factor).clamp_(1e-5, 1e-2)
 
 
@@ -588,10 +628,11 @@ def ratio_metrics(agent, batch, args):
 def new_run_dir(args):
     """Makes runs/<task>__<script>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
     stamp = int(time.time())
+    Path("runs").mkdir(exist_ok=True)
     while True:
         run_dir = Path("runs") / f"{args.task.replace('/', '-')}__{SCRIPT}__{args.seed}__{stamp}"
         with contextlib.suppress(FileExistsError):
-            run_dir.mkdir(parents=True)
+            run_dir.mkdir()
             return run_dir
         stamp += 1
 
@@ -707,7 +748,7 @@ def evaluate(agent, envs, args, run_dir):
 def train(args):
     """Trains, evaluates, exports and draws the learning curve; returns the run folder."""
     checkpoint = load_checkpoint(args.resume) if args.resume else None
-    args = replace(checkpoint["args"], resume=args.resume) if checkpoint else args
+    args = replace(checkpoint["args"], resume=args.resume, device=args.device) if checkpoint else args
     if WORLD_SIZE > 1:
         cuda = args.device.startswith("cuda")
         args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device)
@@ -769,10 +810,12 @@ def train_in(envs, args, checkpoint, run_dir, first):
         optimizer.param_groups[0]["lr"] = learning_rate.copy_(optimizer.param_groups[0]["lr"])
         if first:
             print("a simulation can't be saved: new episodes begin")
+            if state["world_size"] != WORLD_SIZE:
+                print(f"before there were {state['world_size']} processes, now {WORLD_SIZE}: batches change with them")
 
     def save():
         state = {"step": iteration * batch_size, "seconds": time.time() - start_time, "csv_size": csv_size,
-                 "curriculum": int(envs.env.unwrapped.common_step_counter)}  # fmt: skip
+                 "curriculum": int(envs.env.unwrapped.common_step_counter), "world_size": WORLD_SIZE}  # fmt: skip
         save_checkpoint(run_dir, {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "state": state,
                                   "optimizer": optimizer.state_dict()})  # fmt: skip
 
@@ -870,7 +913,8 @@ def train_in(envs, args, checkpoint, run_dir, first):
     if not first:
         return None
     if iteration < num_iterations:
-        print(f"stopped at step {iteration * batch_size}; to go on: python {SCRIPT}.py --resume {run_dir}")
+        program = f"torchrun --nproc-per-node {WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
+        print(f"stopped at step {iteration * batch_size}; to go on: {program} {SCRIPT}.py --resume {run_dir}")
         sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
     evaluate(agent, envs, args, run_dir)
     export_policy(agent, run_dir)
@@ -884,8 +928,8 @@ def main():
     args, overrides = tyro.cli(Args, return_unknown_args=True)
     if wrong := [text for text in overrides if text.startswith("-") or "=" not in text]:
         sys.exit(f"{SCRIPT}: {wrong[0]} is no flag of --help, nor an override of the task such as env.episode_length_s=5")
-    if args.resume and (args != Args(resume=args.resume) or overrides):
-        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag")
+    if args.resume and (args != Args(resume=args.resume, device=args.device) or overrides):
+        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag but --device")
     if args.evaluate:
         played = dict(eval_episodes=args.eval_episodes, capture_video=args.capture_video, device=args.device)
         if args != Args(evaluate=args.evaluate, **played) or overrides:

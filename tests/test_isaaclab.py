@@ -102,11 +102,12 @@ def test_kl_and_log_prob_are_those_of_normal_distributions():
     old, new = torch.distributions.Normal(means, logstd.exp()), torch.distributions.Normal(other_means, other_logstd.exp())
     expected = torch.distributions.kl_divergence(old, new).sum(-1)
     torch.testing.assert_close(bpo.gaussian_kl(means, logstd, other_means, other_logstd), expected, rtol=1e-4, atol=1e-5)
+    assert (bpo.gaussian_kl(means, logstd, means, logstd) == 0).all()
     actions = torch.randn(7, 3)
     torch.testing.assert_close(bpo.log_prob(actions, means, logstd), old.log_prob(actions).sum(-1))
 
 
-@pytest.mark.parametrize(("kl", "factor"), [(0.021, 1 / 1.5), (0.02, 1), (0.005, 1), (0.004, 1.5)])
+@pytest.mark.parametrize(("kl", "factor"), [(0.021, 1 / 1.5), (0.02, 1), (0.005, 1), (0.004, 1.5), (0.0, 1)])
 def test_the_learning_rate_follows_the_kl_within_its_bounds(kl, factor):
     rate = torch.tensor(1e-3)
     bpo.adapt_learning_rate(rate, torch.tensor(kl), 0.01)
@@ -155,6 +156,29 @@ def test_the_time_limit_of_a_finite_horizon_is_an_end(monkeypatch):
     assert all(flags.all() for flags in ends[9])
 
 
+def test_evaluation_plays_whole_episodes_of_tasks_that_start_at_random_lengths(monkeypatch):
+    reset = PointMass.reset
+    monkeypatch.setattr(
+        PointMass, "reset", lambda self: (reset(self), self.episode_length_buf.random_(10))[0]
+    )  # as Isaac Lab's AnymalC
+    envs = bpo.Envs(PointMass(16), rl_cfg())
+    envs.reset()
+    assert not envs.step(torch.zeros(16, 1))[5].any()
+
+
+def test_what_a_failed_simulation_leaves_reaches_no_return():
+    args, generator = bpo.stock_settings(rl_cfg(), bpo.Args(**SMALL)), torch.Generator().manual_seed(0)
+    agent = bpo.Agent(1, 2, 1, args)
+    rollout = {name: torch.randn(6, 4, 2, generator=generator) for name in ("obs", "next_obs")}
+    rollout |= {"rewards": torch.randn(6, 4, generator=generator)}
+    rollout |= {name: torch.zeros(6, 4) for name in ("terminations", "dones")}
+    rollout["terminations"][2, 1] = rollout["dones"][2, 1] = 1
+    expected = bpo.estimate_returns(agent, rollout, args)
+    rollout["next_obs"][2, 1] = math.nan
+    for name, values in bpo.estimate_returns(agent, rollout, args).items():
+        torch.testing.assert_close(values, expected[name])
+
+
 @pytest.mark.parametrize(
     "flags", [{"loss": "bpo"}, {"loss": "ppo"}, {"reevaluate": True, "online_adv": False}, {"use_median": False}]
 )
@@ -188,8 +212,11 @@ def test_a_stopped_run_goes_on_and_says_that_episodes_begin_anew(point_mass, cap
     state = checkpoint(run_dir)
     state["args"]["total_timesteps"] *= 2
     bpo.save_checkpoint(run_dir, state)
+    state["state"]["world_size"] = 2
+    bpo.save_checkpoint(run_dir, state)
     bpo.train(bpo.Args(resume=str(run_dir)))
-    assert "new episodes begin" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "new episodes begin" in output and "2 processes, now 1" in output
     assert checkpoint(run_dir)["state"]["step"] == 32 * 8 * 8
     steps = [int(row.split(",")[0]) for row in (run_dir / "episodes.csv").read_text().splitlines()[1:]]
     assert steps == sorted(set(steps)) and steps[-1] == 32 * 8 * 8
@@ -238,7 +265,7 @@ bpo.train(bpo.Args(total_timesteps=2 * 32 * 8 * 6, **stand_in.SMALL))
 """
     result = run_two_processes(tmp_path, program, "29518")
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert f"stopped at step {2 * 32 * 8 * 3}; to go on" in result.stdout, result.stderr
+    assert f"stopped at step {2 * 32 * 8 * 3}; to go on: torchrun --nproc-per-node 2" in result.stdout, result.stderr
     assert checkpoint(run_dir)["state"]["step"] == 2 * 32 * 8 * 3
 
 
@@ -255,6 +282,7 @@ BAD_INPUT = [
     (["--capture-video"], "Isaac Sim"),
     (["--resume", "nowhere"], "nowhere"),
     (["--resume", "nowhere", "--seed", "3"], "no other flag"),
+    (["--resume", "nowhere", "--device", "cpu"], "nowhere"),
     (["--evaluate", "nowhere"], "nowhere"),
     (["--evaluate", "nowhere", "--seed", "3"], "--eval-episodes"),
     (["--task", "Mjlab-Cartpole-Balance", "--device", "cuda:9"], "--device"),
@@ -269,6 +297,9 @@ else:
         (["--task", "Isaac-Ant", "env.episode_length=5"], "env.episode_length"),
         (["--task", "Isaac-Ant", "nonsense=5"], "nonsense=5 is no setting"),
         (["--task", "Isaac-Ant", "presets=nonsense"], "nonsense"),
+        (["--task", "Isaac-Ant", "env.episode_length_s=abc"], "env.episode_length_s=abc"),
+        (["--task", "Isaac-Ant", "env.scene.num_envs=7"], "--num-envs"),
+        (["--task", "Isaac-Shadow-Handover-Direct"], "several agents"),
     ]
 if importlib.util.find_spec("mjlab") is None:
     BAD_INPUT.append((["--task", "Mjlab-Cartpole-Balance"], "pip install -r requirements-mjlab.txt"))
@@ -277,6 +308,9 @@ else:
         (["--task", "Mjlab-Cartpole-Balanse"], "Mjlab-Cartpole-Balance"),
         (["--task", "Mjlab-Cartpole-Balance", "env.nonsense=5"], "env.nonsense=5 is no setting"),
         (["--task", "Mjlab-Cartpole-Balance", "env.episode_length_s=long"], "env.episode_length_s=long"),
+        (["--task", "Mjlab-Cartpole-Balance", 'env.episode_length_s="5"'], "env.episode_length_s="),
+        (["--task", "Mjlab-Cartpole-Balance", "env.scene.num_envs=7"], "--num-envs"),
+        (["--task", "Mjlab-Tracking-Flat-Unitree-G1", "--device", "cpu", "--num-envs", "2"], "motion_file"),
     ]
 
 
@@ -293,6 +327,8 @@ def test_bad_input_is_answered_in_one_line(flags, words, tmp_path, monkeypatch):
     ("flags", "words"),
     [({"seed": -1}, "--seed"), ({"init_std": 0.0}, "--init-std"), ({"max_grad_norm": -1.0}, "--max-grad-norm"),
      ({"epsilon": 1.5}, "--epsilon"), ({"temperature": 0.0}, "--temperature"), ({"num_minibatches": 999}, "--num-minibatches"),
+     ({"gamma": 1.5}, "--gamma"), ({"gae_lambda": -3.0}, "--gae-lambda"), ({"desired_kl": -1.0}, "--desired-kl"),
+     ({"median_coef": -1.0}, "--median-coef"), ({"actor_hidden_dims": (-4,)}, "--actor-hidden-dims"),
      ({"total_timesteps": 9}, "--total-timesteps"), ({"activation": "none"}, "--activation"), ({"num_envs": 0}, "--num-envs")],
 )  # fmt: skip
 def test_impossible_settings_are_answered_in_one_line(flags, words, point_mass):
