@@ -25,9 +25,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -156,17 +158,38 @@ def write_result(run):
     temporary.replace(run.result)
 
 
-def start(run, core):
-    """The process of a run; None if another run.py has it at work. It holds the lock itself, through its log."""
+def lock(path):
+    """The file, opened and locked until all processes that have it are done with it; None if another one has it locked."""
+    file = open(path, "a")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        file.close()
+
+
+def start(run):
+    """Starts a run on a core of its own while there are such; returns its process and the locks of run and core.
+
+    None if another run.py has the run at work, or has finished it.
+    """
     run.folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    with open(run.folder / "log.txt", "a") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
-        return subprocess.Popen(run.command(), cwd=run.folder, env=environment, stdout=log, stderr=log, start_new_session=True,
-                                preexec_fn=lambda: os.sched_setaffinity(0, {core}))  # fmt: skip
+    if not (log := lock(run.folder / "log.txt")):
+        return None
+    if run.result.exists():
+        log.close()
+        return None
+    (run.folder / "flags.txt").write_text(shlex.join(run.flags))
+    environment, locks = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}, [log]
+    pin = None
+    for core in sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else ():
+        if core_lock := lock(Path(tempfile.gettempdir()) / f"run-py-{os.getuid()}-core{core}.lock"):
+            locks.append(core_lock)
+            pin = partial(os.sched_setaffinity, 0, {core})
+            break
+    process = subprocess.Popen(run.command(), cwd=run.folder, env=environment, stdout=log, stderr=log, start_new_session=True,
+                               preexec_fn=pin, pass_fds=[file.fileno() for file in locks])  # fmt: skip
+    return process, locks
 
 
 def main():
@@ -182,7 +205,10 @@ def main():
     runs = [run for path in args.matrices for run in load_matrix(path, args.shard, args.arms)]
     waiting = [run for run in runs if not run.result.exists()]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
-    cores = sorted(os.sched_getaffinity(0))
+    for run in waiting:
+        begun = run.folder / "flags.txt"
+        if run.started() and begun.exists() and begun.read_text() != shlex.join(run.flags):
+            sys.exit(f"run.py: {run.name} was begun with other flags ({begun}): put them back, or delete {run.folder}")
     running, failed = {}, []
 
     def interrupt(signum, frame):
@@ -193,12 +219,10 @@ def main():
     signal.signal(signal.SIGTERM, interrupt)
     while running or (waiting and time.monotonic() < deadline):
         while waiting and len(running) < args.jobs and time.monotonic() < deadline:
-            used = {core for _, core in running.values()}
-            core = next((core for core in cores if core not in used), cores[len(running) % len(cores)])
             run = waiting.pop(0)
-            if process := start(run, core):
-                running[process] = run, core
-            else:
+            if started := start(run):
+                running[started[0]] = run, started[1]
+            elif not run.result.exists():
                 print(f"{time.strftime('%H:%M')} {run.name} is at work elsewhere", flush=True)
         if time.monotonic() >= deadline:
             for process in running:
@@ -206,13 +230,15 @@ def main():
             deadline = float("inf")
             waiting = []
         for process in [process for process in running if process.poll() is not None]:
-            run, _ = running.pop(process)
+            run, locks = running.pop(process)
             if process.returncode == 0:
                 write_result(run)
                 print(f"{time.strftime('%H:%M')} finished {run.name}", flush=True)
             elif process.returncode not in (128 + signal.SIGTERM, -signal.SIGTERM):
                 failed.append(run.name)
                 print(f"{time.strftime('%H:%M')} FAILED {run.name}: see {run.folder / 'log.txt'}", flush=True)
+            for file in locks:
+                file.close()
         time.sleep(0.2)
     missing = sum(not run.result.exists() for run in runs)
     print(f"{len(runs) - missing} of {len(runs)} runs finished" + (f"; {len(failed)} failed" if failed else ""))

@@ -76,6 +76,51 @@ def test_a_run_at_work_elsewhere_is_left_alone(repository):
     assert "1 of 1 runs finished" in first.communicate()[0]
 
 
+STUB = """
+import os, sys, time
+from pathlib import Path
+folder = Path("runs") / f"begun{len(list(Path('.').glob('runs/*')))}"
+folder.mkdir(parents=True)
+time.sleep(4 if "--seed 2" in " ".join(sys.argv) else 1)  # its process then comes to runs that the other has finished
+(folder / "episodes.csv").write_text("step,return,length,wall_time\\n10,1.0,1,1\\n")
+(folder / "cores").write_text(str(os.sched_getaffinity(0)))
+"""
+STUB_MATRIX = """
+total_timesteps = 10
+seeds = [1, 2, 3]
+tasks = ["Pendulum-v1"]
+[arms]
+stub = "stub.py"
+"""
+
+
+def test_two_at_once_share_a_matrix_and_the_cores(repository):
+    (repository / "stub.py").write_text(STUB)
+    (repository / "stub.toml").write_text(STUB_MATRIX)
+    command = [sys.executable, "benchmark/run.py", "stub.toml", "--jobs", "1"]
+    processes = [subprocess.Popen(command, cwd=repository, text=True, stdout=subprocess.PIPE) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert sum(output.count("finished stub") for output in outputs) == 3
+    folders = list((repository / "benchmark/scratch/stub").glob("*/runs/*"))
+    assert len(folders) == 3 and len(list((repository / "benchmark/results/stub").iterdir())) == 3  # none was run twice
+    if len(os.sched_getaffinity(0)) > 1:
+        first, second = (next(folder for folder in folders if f"__{seed}/" in str(folder)) for seed in (1, 2))
+        assert (first / "cores").read_text() != (second / "cores").read_text()
+
+
+def test_a_run_begun_with_other_flags_is_not_gone_on_with(repository):
+    (repository / "short.toml").write_text(MATRIX.replace("4096", "400_000"))
+    first = subprocess.Popen([sys.executable, "benchmark/run.py", "short.toml", "--arms", "small"], cwd=repository)
+    while not list(repository.glob("benchmark/scratch/short/*/runs/*/checkpoint.pt")):
+        assert first.poll() is None
+    first.terminate()
+    first.wait()
+    (repository / "short.toml").write_text(MATRIX.replace("4096", "800_000"))
+    second = run(repository, "benchmark/run.py", "short.toml", "--arms", "small")
+    assert second.returncode == 1 and "small__Pendulum-v1__1 was begun with other flags" in second.stderr
+    assert not (repository / "benchmark/results").exists()
+
+
 def test_language_models_leave_their_evaluations_too(repository):
     pytest.importorskip("transformers", reason="requirements-llm.txt is not installed")
     (repository / "gbpo_llm.py").write_text((ROOT / "gbpo_llm.py").read_text())
