@@ -55,7 +55,7 @@ class Args:
     total_timesteps: int = 10_000_000  # actions in all; each lasts 4 frames
     num_envs: int = 8  # parallel games
     num_threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # CPU threads
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of the network
+    device: str | None = None  # of the network; none: a GPU where there is one
     amp: bool = False  # bfloat16 in the network: much faster on GPUs and on CPUs with AMX, a little less exact
 
     num_steps: int = 128  # actions in each game per rollout
@@ -81,7 +81,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "brrl"  # wandb project
     wandb_entity: str | None = None  # wandb team
-    resume: str | None = None  # run folder to go on with, under its own configuration; takes no other flag
+    resume: str | None = None  # run folder to go on with, under its own configuration; takes --device beside it
     evaluate: str | None = None  # run folder whose policy is played; nothing is trained
 
 
@@ -177,12 +177,15 @@ class AtariEnvs(AtariVectorEnv):
 def film_game(agent, args, run_dir):
     """Plays one game in gymnasium's own Atari wrappers, which can be filmed; writes runs/<run>/videos/*.mp4."""
     env = gym.make(args.env_id, frameskip=1, render_mode="rgb_array")
-    env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"), name_prefix="eval", fps=60)
-    env = gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env), 4, padding_type="zero")
+    meanings = env.unwrapped.get_action_meanings()
+    # Frames are kept in memory, 100 kB each; a game that is never lost has 108,000.
+    env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"), video_length=10_000, name_prefix="eval", fps=60)
+    env = gym.wrappers.AtariPreprocessing(env, noop_max=30 if meanings[0] == "NOOP" else 0)
+    env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
     generator = torch.Generator().manual_seed(args.seed)
     obs, _ = env.reset(seed=args.seed)
-    if "FIRE" in env.unwrapped.get_action_meanings():
-        obs, *_ = env.step(1)
+    if "FIRE" in meanings:
+        obs, *_ = env.step(meanings.index("FIRE"))
     done = False
     while not done:
         noise = gumbel(1, env.action_space.n, generator=generator).to(args.device)
@@ -400,10 +403,11 @@ def update(agent, optimizer, batch, args, reevaluate=None, gradient_function=bac
 def new_run_dir(args):
     """Makes runs/<env>__<script>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
     stamp = int(time.time())
+    Path("runs").mkdir(exist_ok=True)
     while True:
         run_dir = Path("runs") / f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{stamp}"
         with contextlib.suppress(FileExistsError):
-            run_dir.mkdir(parents=True)
+            run_dir.mkdir()
             return run_dir
         stamp += 1
 
@@ -465,7 +469,9 @@ def plot_learning_curve(run_dir, title, unit="episode"):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
+    rows = [
+        row for row in (run_dir / "episodes.csv").read_text().splitlines()[1:] if row.count(",") == 3
+    ]  # a full disk cuts one
     steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
     means = [returns[max(0, i - 20) : i].mean() for i in range(1, len(returns) + 1)]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -503,6 +509,10 @@ def evaluate(weights, args, run_dir):
 # Training -------------------------------------------------------------------------------------------------------------
 
 
+def best_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_args(args):
     """Exits with a line on arguments that can't be."""
     counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "num_threads", "checkpoint_every", "eval_episodes")
@@ -514,6 +524,9 @@ def check_args(args):
     for name in ("learning_rate", "max_grad_norm"):
         if not getattr(args, name) > 0:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be positive")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(args, name) <= 1:
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must lie between 0 and 1")
     batch_size = args.num_envs * args.num_steps
     if 2 * args.num_minibatches > batch_size:
         sys.exit(f"{SCRIPT}: a batch of {batch_size} steps (--num-envs × --num-steps) can't be cut into "
@@ -524,7 +537,7 @@ def check_args(args):
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError):
-        sys.exit(f"{SCRIPT}: --device {args.device} is not to be had here: take cpu")
+        sys.exit(f"{SCRIPT}: --device {args.device} is not to be had here: take --device cpu")
     check_loss_args(args)
 
 
@@ -532,9 +545,10 @@ def train(args):
     """Trains, evaluates and draws the learning curve; returns the run folder."""
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     if checkpoint:
-        run_dir, args = Path(args.resume), checkpoint["args"]
+        run_dir, args = Path(args.resume), replace(checkpoint["args"], device=args.device or checkpoint["args"].device)
         check_args(args)
     else:
+        args = replace(args, device=args.device or best_device())
         check_args(args)
         check_env_id(args.env_id)  # a wrong game ends here, before there is a run folder
         run_dir = new_run_dir(args)
@@ -544,8 +558,11 @@ def train(args):
     if args.track:
         import wandb
 
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
-                   id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+        try:
+            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
+                       id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+        except wandb.errors.Error as error:
+            sys.exit(f"{SCRIPT}: --track: {error}".splitlines()[0])
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -682,22 +699,26 @@ def main():
     args = tyro.cli(Args)
     if args.loss == "ppo":
         args = tyro.cli(Args, default=Args(loss="ppo", **PPO))  # flags given beside the loss win
-    if args.resume and args != Args(resume=args.resume):
-        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag")
+    if args.resume and args != Args(resume=args.resume, device=args.device):
+        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag but --device")
     if args.evaluate:
-        played = dict(eval_episodes=args.eval_episodes, capture_video=args.capture_video, device=args.device)
-        if args != Args(evaluate=args.evaluate, **played):
+        device = args.device or best_device()
+        played = dict(eval_episodes=args.eval_episodes, capture_video=args.capture_video, device=device)
+        if replace(args, device=device) != Args(evaluate=args.evaluate, **played):
             sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-episodes, "
                      "--capture-video and --device")  # fmt: skip
-        checkpoint = load_checkpoint(args.evaluate)
-        settings = replace(checkpoint["args"], **played)
-        check_args(settings)
-        evaluate(checkpoint["agent"], settings, Path(args.evaluate))
-    else:
-        try:
+    try:
+        if args.evaluate:
+            checkpoint = load_checkpoint(args.evaluate)
+            settings = replace(checkpoint["args"], **played)
+            check_args(settings)
+            evaluate(checkpoint["agent"], settings, Path(args.evaluate))
+        else:
             train(args)
-        except OSError as error:
-            sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
+    except gym.error.Error as error:  # such as a renderer that is not installed
+        sys.exit(f"{SCRIPT}: {error}")
+    except OSError as error:
+        sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
 
 
 if __name__ == "__main__":

@@ -344,10 +344,11 @@ class Envs:
         obs, rewards, terminations, truncations, extras = self.env.step(actions.clamp(-self.action_limit, self.action_limit))
         actor_obs, critic_obs = self.split(obs)
         last_obs = self.split(extras["final_obs"])[1] if "final_obs" in extras else self.critic_obs
-        final_obs = torch.where((terminations | truncations)[:, None], last_obs, critic_obs)
-        self.critic_obs = critic_obs
         if self.is_finite_horizon:
             terminations = terminations | truncations
+        # What comes after a termination is worth 0; where a simulation failed, the last observation may be infinite.
+        final_obs = torch.where((truncations & ~terminations)[:, None], last_obs, critic_obs)
+        self.critic_obs = critic_obs
         return actor_obs, critic_obs, final_obs, rewards, terminations, truncations, extras.get("log", {})
 
 
@@ -488,7 +489,6 @@ def estimate_returns(agent, rollout, args):
     """
     values, next_values = agent.get_value(rollout["obs"]), agent.get_value(rollout["next_obs"])
     ends = rollout["terminations"], rollout["dones"]
-    next_values = next_values.where(ends[0] == 0, 0)  # what a simulation that failed leaves need not be finite
     advantages = gae(rollout["rewards"], values, next_values, *ends, args.gamma, args.gae_lambda)
     return {"values": values.flatten(), "advantages": advantages.flatten(), "returns": (advantages + values).flatten()}
 
@@ -694,7 +694,9 @@ def plot_learning_curve(run_dir, title, unit="episode"):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
+    rows = [
+        row for row in (run_dir / "episodes.csv").read_text().splitlines()[1:] if row.count(",") == 3
+    ]  # a full disk cuts one
     steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
     means = [returns[max(0, i - 20) : i].mean() for i in range(1, len(returns) + 1)]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -778,8 +780,11 @@ def train_in(envs, args, checkpoint, run_dir, first):
     if args.track and first:
         import wandb
 
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
-                   id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+        try:
+            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
+                       id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+        except wandb.errors.Error as error:
+            sys.exit(f"{SCRIPT}: --track: {error}".splitlines()[0])
 
     state = checkpoint["state"] if checkpoint else {"step": 0, "seconds": 0.0, "csv_size": len(CSV_HEADER), "curriculum": 0}
     batch_size = args.num_envs * args.num_steps * WORLD_SIZE

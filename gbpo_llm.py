@@ -698,10 +698,11 @@ def update(policy, reference, optimizer, prompts, answers, batch, args, accelera
 def new_run_dir(args):
     """Makes runs/<task>__<script>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
     stamp = int(time.time())
+    Path("runs").mkdir(exist_ok=True)
     while True:
         run_dir = Path("runs") / f"{args.task.replace('/', '-')}__{SCRIPT}__{args.seed}__{stamp}"
         with contextlib.suppress(FileExistsError):
-            run_dir.mkdir(parents=True)
+            run_dir.mkdir()
             return run_dir
         stamp += 1
 
@@ -968,8 +969,11 @@ def train(args):
         if args.track:
             import wandb
 
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
-                       id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+            try:
+                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
+                           id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+            except wandb.errors.Error as error:
+                sys.exit(f"{SCRIPT}: --track: {error}".splitlines()[0])
     writer = SummaryWriter(run_dir, purge_step=state["batch"] + 1) if main_process else None
     stopped_by = []
 

@@ -110,6 +110,12 @@ def check_loss_args(args):
 # Environment ----------------------------------------------------------------------------------------------------------
 
 
+STATELESS = (
+    gym.wrappers.FlattenObservation, gym.wrappers.RecordVideo, gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing,
+    gym.wrappers.PassiveEnvChecker,
+)  # fmt: skip
+
+
 class Task(gym.Wrapper):
     """A task without its infos, which cost a vector environment time, and with a simulator that can be saved."""
 
@@ -122,8 +128,10 @@ class Task(gym.Wrapper):
     @property
     def simulator_state(self):
         """All that later steps depend on, as a dict of arrays and plain data; None where the simulator can't be saved."""
-        env = self.unwrapped
-        if not env.__module__.startswith(("gymnasium.envs.mujoco", "gymnasium.envs.classic_control")):
+        env = self.env
+        while type(env) in STATELESS:  # or with a state that is saved below
+            env = env.env
+        if not type(env).__module__.startswith(("gymnasium.envs.mujoco", "gymnasium.envs.classic_control")):
             return None
         state = {f"env.{k}": v for k, v in vars(env).items() if isinstance(v, np.ndarray | np.generic | float | int)}
         if hasattr(env, "data"):
@@ -179,17 +187,20 @@ def make_env(env_id, video_folder=None, name_prefix="train"):
     except gym.error.UnregisteredEnv as error:
         matches = difflib.get_close_matches(env_id, gym.registry, cutoff=0.5)
         sys.exit(f"{SCRIPT}: no task {env_id!r}. " + (f"Close: {', '.join(matches)}" if matches else str(error)))
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ImportError, TypeError) as error:  # the last where there is no render_mode
         sys.exit(f"{SCRIPT}: {env_id} can't be made: {error}")
     space = env.observation_space
-    if not isinstance(env.action_space, gym.spaces.Box):
-        sys.exit(f"{SCRIPT}: {env_id} has actions {env.action_space}, not a Box: this script is for continuous actions")
-    if isinstance(space, gym.spaces.Box) and (len(space.shape) > 2 or space.dtype == np.uint8):
+    if not isinstance(env.action_space, gym.spaces.Box) or not np.issubdtype(env.action_space.dtype, np.floating):
+        sys.exit(
+            f"{SCRIPT}: {env_id} has actions {env.action_space}, not a Box of reals: this script is for continuous actions"
+        )
+    if isinstance(space, gym.spaces.Box) and len(space.shape) > 1 and (len(space.shape) > 2 or space.dtype == np.uint8):
         sys.exit(f"{SCRIPT}: {env_id} observes images {space.shape}, this script takes vectors")
     if not space.is_np_flattenable:
         sys.exit(f"{SCRIPT}: {env_id} has observations that can't be made a vector: {space}")
     if video_folder:
-        env = gym.wrappers.RecordVideo(env, str(video_folder), name_prefix=name_prefix)
+        length = 0 if env.spec.max_episode_steps else 1000  # steps, kept in memory; 0: whole episodes
+        env = gym.wrappers.RecordVideo(env, str(video_folder), video_length=length, name_prefix=name_prefix)
     return Task(gym.wrappers.FlattenObservation(env))
 
 
@@ -420,10 +431,11 @@ def update(agent, optimizer, batch, args, reevaluate=None, gradient_function=bac
 def new_run_dir(args):
     """Makes runs/<env>__<script>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
     stamp = int(time.time())
+    Path("runs").mkdir(exist_ok=True)
     while True:
         run_dir = Path("runs") / f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{stamp}"
         with contextlib.suppress(FileExistsError):
-            run_dir.mkdir(parents=True)
+            run_dir.mkdir()
             return run_dir
         stamp += 1
 
@@ -485,7 +497,9 @@ def plot_learning_curve(run_dir, title, unit="episode"):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
+    rows = [
+        row for row in (run_dir / "episodes.csv").read_text().splitlines()[1:] if row.count(",") == 3
+    ]  # a full disk cuts one
     steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
     means = [returns[max(0, i - 20) : i].mean() for i in range(1, len(returns) + 1)]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -535,6 +549,9 @@ def check_args(args):
     for name in ("learning_rate", "max_grad_norm"):
         if not getattr(args, name) > 0:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be positive")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(args, name) <= 1:
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must lie between 0 and 1")
     batch_size = args.num_envs * args.num_steps
     if 2 * args.num_minibatches > batch_size:
         sys.exit(f"{SCRIPT}: a batch of {batch_size} steps (--num-envs × --num-steps) can't be cut into "
@@ -560,8 +577,11 @@ def train(args):
     if args.track:
         import wandb
 
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
-                   id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+        try:
+            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
+                       id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+        except wandb.errors.Error as error:
+            sys.exit(f"{SCRIPT}: --track: {error}".splitlines()[0])
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -730,15 +750,18 @@ def main():
         played = dict(eval_episodes=args.eval_episodes, capture_video=args.capture_video)
         if args != Args(evaluate=args.evaluate, **played):
             sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-episodes and --capture-video")
-        checkpoint = load_checkpoint(args.evaluate)
-        settings = replace(checkpoint["args"], **played)
-        check_args(settings)
-        evaluate(checkpoint["agent"], settings, Path(args.evaluate))
-    else:
-        try:
+    try:
+        if args.evaluate:
+            checkpoint = load_checkpoint(args.evaluate)
+            settings = replace(checkpoint["args"], **played)
+            check_args(settings)
+            evaluate(checkpoint["agent"], settings, Path(args.evaluate))
+        else:
             train(args)
-        except OSError as error:
-            sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
+    except gym.error.Error as error:  # such as a renderer that is not installed
+        sys.exit(f"{SCRIPT}: {error}")
+    except OSError as error:
+        sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
 
 
 if __name__ == "__main__":

@@ -237,6 +237,39 @@ def test_a_game_is_filmed_and_a_trained_policy_played_again(tmp_path):
     assert result.returncode == 1 and result.stderr == "bpo_atari: --eval-episodes must be at least 1\n"
 
 
+def test_a_run_goes_on_where_its_device_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = bpo.train(bpo.Args(total_timesteps=64, **SMALL))
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert state["args"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    state["args"] |= {"device": "cuda:9", "total_timesteps": 128}
+    torch.save(state, run_dir / "checkpoint.pt")
+    for flags, ends in (([], False), (["--device", "cpu"], True)):
+        monkeypatch.setattr(sys, "argv", ["bpo_atari.py", "--resume", str(run_dir), *flags])
+        if ends:
+            bpo.main()
+        else:
+            with pytest.raises(SystemExit, match="cuda:9 is not to be had here: take --device cpu"):
+                bpo.main()
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["state"]["iteration"] == 2
+
+
+@pytest.mark.parametrize("env_id", ["ALE/VideoCheckers-v5", "ALE/Backgammon-v5"])
+def test_games_without_a_noop_are_filmed_too(env_id, tmp_path, monkeypatch):
+    args = bpo.Args(env_id=env_id, device="cpu")
+    step, steps = bpo.gym.wrappers.AtariPreprocessing.step, []
+
+    def short(self, action):
+        obs, reward, _, truncated, info = step(self, action)
+        steps.append(action)
+        return obs, reward, len(steps) > 5, truncated, info
+
+    monkeypatch.setattr(bpo.gym.wrappers.AtariPreprocessing, "step", short)
+    num_actions = bpo.gym.make(env_id).action_space.n
+    bpo.film_game(bpo.Agent(num_actions, args), args, tmp_path)
+    assert list(tmp_path.glob("videos/eval*.mp4"))
+
+
 BAD_INPUT = [
     (["--env-id", "ALE/Pon-v5"], "ALE/Pong-v5"),
     (["--env-id", "Pong-v4"], "PongNoFrameskip-v4"),

@@ -323,6 +323,19 @@ def test_an_unknown_simulator_resumes_with_new_episodes_and_says_so(tmp_path, mo
     assert checkpoint(run_dir)["state"]["iteration"] == 4
 
 
+def test_a_simulator_in_a_wrapper_of_its_own_resumes_with_new_episodes():
+    gym.register("Stacked-v0", lambda **kwargs: gym.wrappers.FrameStackObservation(gym.make("Hopper-v5", **kwargs), 2))
+    assert bpo.make_env("Stacked-v0").simulator_state is None
+    assert bpo.make_env("Hopper-v5").simulator_state is not None
+
+
+def test_a_folder_for_runs_that_leads_nowhere_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileExistsError):
+        bpo.new_run_dir(bpo.Args())
+
+
 def test_same_seed_same_weights_and_another_seed_others(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=512, seed=seed, **SMALL)) for seed in (1, 1, 2)]
@@ -503,6 +516,48 @@ def test_whole_numbers_are_observations_too(tmp_path, monkeypatch):
     bpo.train(bpo.Args(env_id="Whole-v0", total_timesteps=512, **SMALL))
 
 
+def test_bytes_that_are_no_image_are_observations_too(tmp_path, monkeypatch):
+    class Bytes(Countdown):
+        observation_space = gym.spaces.Box(0, 255, (2,), np.uint8)
+
+        def reset(self, **kwargs):
+            return super().reset(**kwargs)[0].astype(np.uint8), {}
+
+        def step(self, action):
+            obs, *rest = super().step(action)
+            return obs.astype(np.uint8), *rest
+
+    gym.register("Bytes-v0", Bytes)
+    monkeypatch.chdir(tmp_path)
+    run_dir = bpo.train(bpo.Args(env_id="Bytes-v0", total_timesteps=256, **SMALL))
+    assert checkpoint(run_dir)["agent"]["obs_rms.mean"][1] > 0
+
+
+def test_a_curve_is_drawn_though_a_full_disk_cut_a_row(tmp_path):
+    (tmp_path / "episodes.csv").write_text("step,return,length,wall_time\n64,1.0,8,0.1\n128,2.0,8,0.2\n19")
+    bpo.plot_learning_curve(tmp_path, "cut")
+    assert (tmp_path / "learning_curve.png").exists()
+
+
+def test_what_can_t_be_filmed_or_tracked_is_one_line(tmp_path):
+    environment = os.environ | {
+        "WANDB_MODE": "online",
+        "WANDB_API_KEY": "",
+        "WANDB_BASE_URL": "http://localhost:1",
+        "HOME": str(tmp_path),
+    }
+    tracked = run(tmp_path, "bpo_continuous.py", "--env-id", "Pendulum-v1", "--track", env=environment)
+    assert tracked.returncode == 1 and "bpo_continuous: --track: " in tracked.stderr and "Traceback" not in tracked.stderr
+    program = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import test_continuous, bpo_continuous\n"
+        "sys.argv[1:] = ['--env-id', 'Countdown-v0', '--capture-video']\n"
+        "bpo_continuous.main()\n"
+    )
+    filmed = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert filmed.returncode == 1 and filmed.stderr.startswith("bpo_continuous: Countdown-v0 can't be made"), filmed.stderr
+
+
 def test_without_a_compiler_compile_says_what_is_missing(tmp_path):
     nowhere = {"PATH": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     failed = run(tmp_path, "bpo_continuous.py", *FLAGS, "--env-id", "Pendulum-v1", "--compile", env=os.environ | nowhere)
@@ -516,6 +571,8 @@ BAD_INPUT = [
     (["--env-id", "CartPole-v1"], "continuous actions"),
     (["--env-id", "ALE/Pong-v5"], "bpo_atari.py"),
     (["--env-id", "Images-v0"], "images"),
+    (["--env-id", "WholeActions-v0"], "a Box of reals"),
+    (["--gamma", "1.5"], "--gamma"),
     (["--epsilon", "1.5"], "--epsilon"),
     (["--epsilon", "0"], "--epsilon"),
     (["--temperature", "0"], "--temperature"),
@@ -538,8 +595,12 @@ def test_bad_input_is_answered_in_one_line(flags, words, tmp_path, monkeypatch, 
     class Images(Countdown):
         observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
 
-    if "Images-v0" not in gym.registry:
-        gym.register("Images-v0", Images)
+    class WholeActions(Countdown):
+        action_space = gym.spaces.Box(-1, 1, (1,), np.int64)
+
+    gym.registry.pop("Images-v0", None), gym.registry.pop("WholeActions-v0", None)
+    gym.register("Images-v0", Images)
+    gym.register("WholeActions-v0", WholeActions)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["bpo_continuous.py", *flags])
     with pytest.raises(SystemExit) as stop:
