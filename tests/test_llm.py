@@ -181,6 +181,8 @@ def test_mathematical_answers_are_scored_by_what_they_mean():
     score = lambda gold, answer: gbpo.math_score(answer, {"answer": gold})  # noqa: E731
     assert score("\\sqrt{51}", "\\sqrt{51}") == score("025", "25") == score("142.0", "142") == score("\\frac{1}{2}", "0.5") == 1
     assert score("\\sqrt{51}", "51") == score("7", "") == score("7", "8") == 0
+    assert score("18", "18 eggs") == score("5", "5 km/h") == score("1000", "1,000 dollars.") == score("10", "\\$10") == 1
+    assert score("2", "2 pi") == score("2", "2x") == score("2", "x^2") == score("8", "18 eggs") == 0
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -344,15 +346,20 @@ def test_adapters_alone_are_trained_saved_and_loaded_and_the_reference_is_the_mo
     assert torch.allclose(policy.model(question).logits, model(question).logits, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["Qwen3NextForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"])
+KINDS = ["Qwen3NextForCausalLM", "Lfm2ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_models_that_mix_answers_in_a_row_are_found_out_and_have_a_row_each(kind):
-    """Recurrent layers, attention without masks of ours, sliding windows."""
+    """Recurrent layers, convolutions, attention without masks of ours, sliding windows."""
     torch.manual_seed(0)
     config = getattr(transformers, kind).config_class
     sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, head_dim=8)
-    sizes |= dict(
-        num_key_value_heads=2, sliding_window=8, initializer_range=0.5, pad_token_id=0, eos_token_id=1, bos_token_id=2
-    )
+    sizes |= dict(num_key_value_heads=2, initializer_range=0.5, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    if "Gemma" in kind:
+        sizes |= dict(sliding_window=8)
+    if "Lfm2" in kind:
+        sizes |= dict(layer_types=["conv", "full_attention", "conv", "full_attention"])
     if "Qwen" in kind:
         sizes |= dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
         sizes |= dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16)
@@ -364,6 +371,39 @@ def test_models_that_mix_answers_in_a_row_are_found_out_and_have_a_row_each(kind
     with torch.no_grad():
         for row, answer in zip(policy("logprobs", gbpo.pack(prompts, answers, 2, [[0], [1]])), answers):
             assert torch.allclose(row[: len(answer)], slow_logprobs(model, prompts[0], answer), atol=1e-3)
+        prompts, policy.args = [[3, 4, 5, 6, 7, 8], [9, 10], [11, 12, 13, 14]], replace(SMALL, max_new_tokens=6)
+        for i, answer in enumerate(policy("generate", prompts, 2, 0.0, None)[0]):
+            expected = []
+            while len(expected) < 6 and (not expected or expected[-1] != 0):
+                expected.append(int(model(torch.tensor([prompts[i // 2] + expected])).logits[0, -1].argmax()))
+            assert answer == expected
+
+
+def test_only_the_text_part_of_a_model_that_sees_images_learns(monkeypatch):
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    text = dict(sizes, vocab_size=40, head_dim=8, num_key_value_heads=2, sliding_window=8, pad_token_id=0, eos_token_id=1)
+    tokens = dict(mm_tokens_per_image=4, image_token_index=38, boi_token_index=37, eoi_token_index=36)
+    vision = dict(sizes, image_size=16, patch_size=4)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, **tokens)
+    tokenizer = gbpo.scratch_model(gbpo.load_task(SMALL))[1]
+    model = lambda: transformers.AutoModelForCausalLM.from_config(config)  # noqa: E731
+    monkeypatch.setattr(gbpo, "load_model", lambda args, task: (model(), tokenizer))
+    for rank in (0, 2):
+        *_, policy = gbpo.prepare(replace(SMALL, lora_rank=rank))
+        learned = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+        assert learned and all("language_model" in name for name in learned)
+    with pytest.raises(SystemExit, match="--row-tokens 0"):  # the window is in a configuration of its own
+        gbpo.check_rows(policy, [[3, 4, 5, 6]], replace(SMALL, max_new_tokens=6))
+
+
+def test_adapters_are_no_model_and_a_damaged_tokenizer_is_one_line(tmp_path):
+    gbpo.scratch_model(gbpo.load_task(SMALL))[0].save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(SystemExit, match="can't be loaded"):
+        gbpo.load_model(replace(SMALL, model_name=str(tmp_path)), None)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="merge_and_unload"):
+        gbpo.load_model(replace(SMALL, model_name=str(tmp_path)), None)
 
 
 def test_checkpointing_changes_nothing_in_a_model_with_dropout(tmp_path, monkeypatch):
@@ -679,6 +719,14 @@ def test_a_full_disk_costs_records_and_a_diverged_loss_stops(tmp_path, monkeypat
     monkeypatch.setattr(gbpo, "save_file", full)
     assert len(rewards_of(gbpo.train(SMALL))) == 6
     assert "not saved at batch 2" in capsys.readouterr().err
+    with monkeypatch.context() as disk:
+
+        def full_of_events(*_):
+            raise OSError("No space left on device")
+
+        disk.setattr(gbpo.SummaryWriter, "add_scalar", full_of_events)
+        disk.setattr(gbpo.SummaryWriter, "close", full_of_events)
+        assert (gbpo.train(SMALL) / "model").exists()
     monkeypatch.setattr(gbpo, "gbpo_loss", lambda logprobs, *_: (logprobs * float("nan")).sum())
     with pytest.raises(SystemExit, match="not finite"):
         gbpo.train(SMALL)
