@@ -93,7 +93,7 @@ def make_mdp(args):
     try:
         env = gym.make(args.env_id).unwrapped
         table, start = env.P, np.append(env.initial_state_distrib, 0.0)
-    except (gym.error.Error, AttributeError) as error:
+    except (gym.error.Error, AttributeError, ImportError) as error:
         raise ValueError(f"{args.env_id} has no table P: try FrozenLake-v1, CliffWalking-v1, Taxi-v4, Random") from error
     end, num_actions = len(table), len(table[0])
     transitions, rewards = sparse.lil_array(((end + 1) * num_actions, end + 1)), np.zeros((end + 1, num_actions))
@@ -222,7 +222,7 @@ def claim_improvement(mdp, policy, args, axes):
         axes[0].semilogy(measured.clip(1e-15), "o", markersize=4, label=f"measured, λ = {temperature or 0:g}")
         axes[0].semilogy(predicted.clip(1e-15), "-", linewidth=1, label=f"theorem, λ = {temperature or 0:g}")
         kept = f"{len(errors)} of {len(measured)} steps (gain > 1e-5·max|J|)"
-        rows.append((f"Improvement, λ = {temperature or 0:g}", f"relative error, {kept}: largest", errors.max()))
+        rows.append((f"Improvement, λ = {temperature or 0:g}", f"relative error, {kept}: largest", errors.max(initial=0)))
         rows.append(("… is monotonic", "(J(π₊) − J(π)) / max|J|: smallest", measured.min() / scale))
     *_, (_, value, _) = policy_iteration(mdp, policy, 6 * args.iterations, args.epsilon)
     rows.append(("… converges", f"(J* − J) / |J*| after {6 * args.iterations} hard steps", (optimum - value) / abs(optimum)))
@@ -330,6 +330,8 @@ def main():
     try:
         if not (0 < args.epsilon < 1 and args.temperature > 0):
             raise ValueError(f"ε = {args.epsilon} must be between 0 and 1, λ = {args.temperature} positive")
+        if not (0 < args.gamma < 1 and args.iterations > 1 and args.num_states > 1 and args.num_actions > 1 and args.seed >= 0):
+            raise ValueError("the discount must be between 0 and 1, --iterations, --num-states, --num-actions at least 2")
         mdp = make_mdp(args)
     except ValueError as error:
         sys.exit(f"brrl_tabular: {error}")

@@ -172,6 +172,10 @@ def test_gymnasium_tables_are_read_right(env_id):
         (["--gamma", "1"], "discount"),
         (["--env-id", "CartPole-v1"], "no table P"),
         (["--env-id", "Nowhere-v1"], "no table P"),
+        (["--env-id", "nowhere:Nowhere-v1"], "no table P"),
+        (["--gamma", "0"], "discount"),
+        (["--env-id", "Random", "--num-actions", "1"], "--num-actions"),
+        (["--iterations", "1"], "--iterations"),
     ],
 )
 def test_bad_input_is_answered_in_one_line(flags, words, tmp_path, monkeypatch):
