@@ -251,6 +251,8 @@ def claim_ppo(mdp, policy, args, axes):
     advantages, states = q - v[:, None], mdp.occupancy(policy)
     best, _ = brrl_policy(policy, q, 1 - args.epsilon, 1 + args.epsilon)
     matters = (states > 1e-3 * states.max())[:, None] & (abs(advantages) > 1e-9)
+    if not matters.any():
+        sys.exit(f"brrl_tabular: with γ = {args.gamma} no action of {args.env_id} matters: take a larger one")
     for name, loss in (("PPO", ppo_loss(advantages, args.epsilon)), ("BPO", bpo_loss(advantages, best / policy))):
         *_, last = fit_softmax(policy, states, loss, 2000)
         outside = abs(last / policy - 1)[matters] - args.epsilon
