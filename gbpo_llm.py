@@ -971,8 +971,10 @@ def train(args):
         restore(tensors, own_policy, optimizer)
 
     def reference(rows):
-        with accelerator.autocast():
-            return first_model("logprobs", rows) if first_model else policy("reference_logprobs", rows)
+        if not first_model:
+            return policy("reference_logprobs", rows)
+        with accelerator.autocast():  # which the policy brings along
+            return first_model("logprobs", rows)
 
     if not state:
         state = {"args": asdict(args), "batch": 0, "seconds": 0.0, "csv_size": 0, "evaluations": {}}
