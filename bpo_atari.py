@@ -469,9 +469,8 @@ def plot_learning_curve(run_dir, title, unit="episode"):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [
-        row for row in (run_dir / "episodes.csv").read_text().splitlines()[1:] if row.count(",") == 3
-    ]  # a full disk cuts one
+    rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
+    rows = [row for row in rows if row.count(",") == 3]  # a full disk may have cut one
     steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
     means = [returns[max(0, i - 20) : i].mean() for i in range(1, len(returns) + 1)]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -716,7 +715,7 @@ def main():
         else:
             train(args)
     except gym.error.Error as error:  # such as a renderer that is not installed
-        sys.exit(f"{SCRIPT}: {error}")
+        sys.exit(f"{SCRIPT}: {type(error).__name__}: {error}")
     except OSError as error:
         sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
 

@@ -187,6 +187,7 @@ def make_env(env_id, video_folder=None, name_prefix="train"):
     """One environment with flat observations, filmed if there is a `video_folder`. Exits with a line on a wrong task."""
     if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
         sys.exit(f"{SCRIPT}: {env_id} is an Atari game: use bpo_atari.py, for PPO with --loss ppo")
+    unfilmable = (TypeError,) if video_folder else ()  # of a task that has no render_mode
     if video_folder:
         import torch._dynamo  # noqa: F401  Adam needs it, and Triton in it crashes if a renderer's LLVM was loaded before
 
@@ -197,14 +198,12 @@ def make_env(env_id, video_folder=None, name_prefix="train"):
     except gym.error.UnregisteredEnv as error:
         matches = difflib.get_close_matches(env_id, gym.registry, cutoff=0.5)
         sys.exit(f"{SCRIPT}: no task {env_id!r}. " + (f"Close: {', '.join(matches)}" if matches else str(error)))
-    except (gym.error.Error, ImportError, TypeError) as error:  # the last where there is no render_mode
+    except (gym.error.Error, ImportError, *unfilmable) as error:
         sys.exit(f"{SCRIPT}: {env_id} can't be made: {error}")
     space = env.observation_space
     if not isinstance(env.action_space, gym.spaces.Box) or not np.issubdtype(env.action_space.dtype, np.floating):
-        sys.exit(
-            f"{SCRIPT}: {env_id} has actions {env.action_space}, not a Box of reals: this script is for continuous actions"
-        )
-    if isinstance(space, gym.spaces.Box) and len(space.shape) > 1 and (len(space.shape) > 2 or space.dtype == np.uint8):
+        sys.exit(f"{SCRIPT}: {env_id}'s actions are {env.action_space}: this script is for continuous actions, a Box of reals")
+    if isinstance(space, gym.spaces.Box) and (len(space.shape) > 2 or (len(space.shape) == 2 and space.dtype == np.uint8)):
         sys.exit(f"{SCRIPT}: {env_id} observes images {space.shape}, this script takes vectors")
     if not space.is_np_flattenable:
         sys.exit(f"{SCRIPT}: {env_id} has observations that can't be made a vector: {space}")
@@ -535,9 +534,8 @@ def plot_learning_curve(run_dir, title, unit="episode"):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [
-        row for row in (run_dir / "episodes.csv").read_text().splitlines()[1:] if row.count(",") == 3
-    ]  # a full disk cuts one
+    rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
+    rows = [row for row in rows if row.count(",") == 3]  # a full disk may have cut one
     steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
     means = [returns[max(0, i - 20) : i].mean() for i in range(1, len(returns) + 1)]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -797,7 +795,7 @@ def main():
         else:
             train(args)
     except gym.error.Error as error:  # such as a renderer that is not installed
-        sys.exit(f"{SCRIPT}: {error}")
+        sys.exit(f"{SCRIPT}: {type(error).__name__}: {error}")
     except OSError as error:
         sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
 

@@ -196,11 +196,13 @@ def find_setting(task, config, override):
 
 
 def get_setting(task, config, override):
+    """The value of the setting an override is for."""
     config, name = find_setting(task, config, override)
     return config[name] if isinstance(config, dict) else getattr(config, name)
 
 
 def check_type(override, old, new):
+    """Exits with a line where an override puts something else in the place of a number."""
     if isinstance(old, bool | int | float) and not isinstance(new, bool | int | float):
         sys.exit(f"{SCRIPT}: {override}: no value for a setting that is {old} now")
 
@@ -245,7 +247,10 @@ def load_isaaclab(args, launched):
             sys.exit(f"{SCRIPT}: the task's assets can't be read ({error}): without the asset server, set ISAACSIM_ASSET_ROOT "
                      "to a folder that holds them")  # fmt: skip
         except (ValueError, ImportError) as error:
-            sys.exit(f"{SCRIPT}: {args.task} can't be made here: {str(error).splitlines()[0]}")
+            if not args.overrides:
+                raise
+            reason = str(error).partition("\n")[0]
+            sys.exit(f"{SCRIPT}: {args.task} can't be made with {' '.join(args.overrides)}: {reason}")
         launched.callback(env.close)
         return env
 
@@ -694,9 +699,8 @@ def plot_learning_curve(run_dir, title, unit="episode"):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [
-        row for row in (run_dir / "episodes.csv").read_text().splitlines()[1:] if row.count(",") == 3
-    ]  # a full disk cuts one
+    rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
+    rows = [row for row in rows if row.count(",") == 3]  # a full disk may have cut one
     steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
     means = [returns[max(0, i - 20) : i].mean() for i in range(1, len(returns) + 1)]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -815,8 +819,8 @@ def train_in(envs, args, checkpoint, run_dir, first):
         optimizer.param_groups[0]["lr"] = learning_rate.copy_(optimizer.param_groups[0]["lr"])
         if first:
             print("a simulation can't be saved: new episodes begin")
-            if state["world_size"] != WORLD_SIZE:
-                print(f"before there were {state['world_size']} processes, now {WORLD_SIZE}: batches change with them")
+            if (before := state.get("world_size", WORLD_SIZE)) != WORLD_SIZE:
+                print(f"before there were {before} processes, now {WORLD_SIZE}: batches change with them")
 
     def save():
         state = {"step": iteration * batch_size, "seconds": time.time() - start_time, "csv_size": csv_size,
