@@ -119,6 +119,22 @@ def test_no_transition_crosses_a_reset_and_a_lost_life_ends_the_bootstrap_but_no
     assert torch.equal(seen["next_values"], following)
 
 
+def test_a_real_time_limit_cuts_the_game_and_leaves_its_last_screens(monkeypatch):
+    game = bpo.check_env_id("PongNoFrameskip-v4") | {"max_num_frames_per_episode": 400}
+    monkeypatch.setattr(bpo, "check_env_id", lambda _: game)
+    envs = bpo.AtariEnvs("PongNoFrameskip-v4", 3)
+    obs, cut = envs.seeded_reset(np.arange(3)), 0
+    for action in np.random.default_rng(0).integers(0, 6, (250, 3)):
+        before = obs
+        obs, _, terminations, truncations, infos = envs.step(action)
+        assert not terminations.any() and (infos["game_over"] == truncations).all()
+        for i in np.flatnonzero(truncations):
+            np.testing.assert_array_equal(infos["final_obs"][i][:-1], before[i][1:])  # one more screen of the same game
+            assert (obs[i][1:] != infos["final_obs"][i][:-1]).any()
+            cut += 1
+    assert 6 <= cut <= 9  # 400 frames are 100 actions and the no-ops before them
+
+
 @pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "ALE/Boxing-v5"])
 def test_replayed_games_go_on_bit_for_bit(env_id, monkeypatch):
     monkeypatch.setattr(bpo.AtariEnvs, "reseed_after", 200)  # so that games of several seeds are met
