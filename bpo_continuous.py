@@ -737,7 +737,7 @@ def train(args):
         last = iteration == num_iterations or bool(stopped_by)
         recent_returns.extend(score for _, score, _, _ in rows)
         unsaved += rows
-        with contextlib.suppress(OSError):
+        try:
             for step, score, length, _ in rows:
                 writer.add_scalar("charts/episodic_return", score, step)
                 writer.add_scalar("charts/episodic_length", length, step)
@@ -746,6 +746,9 @@ def train(args):
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
             writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
             writer.flush()
+        except OSError:  # its thread has ended with it
+            with contextlib.suppress(OSError):
+                writer = SummaryWriter(run_dir)
         try:
             csv_size = append_episodes(run_dir / "episodes.csv", csv_size, unsaved)
             unsaved.clear()

@@ -903,10 +903,13 @@ def train_in(envs, args, checkpoint, run_dir, first):
             recent_returns.append(total_return / episodes)
             charts |= {"charts/episodic_return": recent_returns[-1], "charts/episodic_length": total_length / episodes}
             rows = [(global_step, recent_returns[-1], round(total_length / episodes), time.time() - start_time)]
-        with contextlib.suppress(OSError):
+        try:
             for name, value in charts.items():
                 writer.add_scalar(name, value, global_step)
             writer.flush()
+        except OSError:  # its thread has ended with it
+            with contextlib.suppress(OSError):
+                writer = SummaryWriter(run_dir)
         try:
             csv_size = append_episodes(run_dir / "episodes.csv", csv_size, rows)
             if last or iteration % args.checkpoint_every == 0:

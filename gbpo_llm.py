@@ -1071,12 +1071,15 @@ def train(args):
                   "tokens_per_second": tokens / (time.time() - batch_time)}  # fmt: skip
         rows.append((state["batch"], charts["reward"], f"{charts['answer_length']:.1f}", time.time() - start_time))
         if main_process:
-            with contextlib.suppress(OSError):
+            try:
                 for name, value in charts.items():
                     writer.add_scalar(f"charts/{name}", value, state["batch"])
                 for name, value in metrics.items():
                     writer.add_scalar(f"losses/{name}", value, state["batch"])
                 writer.flush()
+            except OSError:  # its thread has ended with it
+                with contextlib.suppress(OSError):
+                    writer = SummaryWriter(run_dir)
             if (state["batch"] - 1) % args.sample_every == 0:
                 shown = f"{tokenizer.decode(prompts[0])[-300:]!r} → {texts[0][:300]!r}"
                 tqdm.write(f"batch {state['batch']}: {shown}, reward {rewards[0, 0]:.2f}")

@@ -489,6 +489,26 @@ def test_a_record_that_could_not_be_written_is_written_later_and_once(tmp_path, 
     assert [str(event.step) for event in logged] == [row[0] for row in episodes(run_dir)[1:]] and len(logged) == 6
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_was_full_for_a_moment_ends_no_events(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    monkeypatch.chdir(tmp_path)
+    write, calls = RecordWriter.write, []
+
+    def full_disk(self, data):
+        calls.append(data)
+        if len(calls) == 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", full_disk)
+    run_dir = bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=2560, **SMALL))
+    steps = {event.step for event in EventAccumulator(str(run_dir)).Reload().Scalars("charts/SPS")}
+    assert steps >= {1024 + 256 * i for i in range(7)}  # all but those at the time
+
+
 def test_an_evaluation_that_fails_is_not_passed_over(tmp_path, monkeypatch):
     def broken(*_):
         raise FileNotFoundError("no mesh")
