@@ -168,7 +168,7 @@ def estimates(scores, function):
     points, intervals = library.get_interval_estimates(scores, function, reps=2000)
     for name, arms in scores.items():
         if min(map(len, arms if isinstance(arms, tuple) else (arms,))) < 3:
-            intervals[name][:] = points[name][0]
+            intervals[name][:] = np.nan
     return {name: (points[name][0], *intervals[name][:, 0]) for name in scores}
 
 
@@ -181,7 +181,8 @@ def draw_aggregates(results, path, arm="bpo", reference="ppo"):
         (middle, improvement, f"probability that {arm} improves on"),
     ):
         for i, (name, (point, low, high)) in enumerate(values.items()):
-            axis.barh(i, high - low, left=low, height=0.6, color=COLORS.get(name), alpha=0.6)
+            if high >= low:
+                axis.barh(i, high - low, left=low, height=0.6, color=COLORS.get(name), alpha=0.6)
             axis.vlines(point, i - 0.3, i + 0.3, color="black")
         axis.set_yticks(range(len(values)), values)
         axis.use_sticky_edges = False  # else bars end at the frame
@@ -260,7 +261,7 @@ def aggregates_table(results, arm="bpo", reference="ppo"):
     for name in results.arms:
         cells = []
         for point, low, high in (values.get(name, (None,) * 3) for values in (iqm, improvement)):
-            cells.append("–" if point is None else f"{point:.2f}" + (f" [{low:.2f}, {high:.2f}]" if high > low else ""))
+            cells.append("–" if point is None else f"{point:.2f}" + (f" [{low:.2f}, {high:.2f}]" if high >= low else ""))
         lines.append(f"| {name} | {cells[0]} | {cells[1]} | {scores[name].size} |")
     return "\n".join(lines)
 

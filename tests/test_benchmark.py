@@ -262,7 +262,7 @@ def test_there_is_no_interval_of_fewer_than_three_seeds(seeds, monkeypatch):
     wins = report.estimates({"theirs": tuple(runs.values())}, lambda x, y: np.array([(x[:, None] > y).mean()]))
     assert mean["ours"][2] > mean["ours"][1]
     for point, low, high in (mean["theirs"], wins["theirs"]):
-        assert (low < point < high) if seeds == 3 else (low == point == high)
+        assert (low < point < high) if seeds == 3 else (np.isnan(low) and np.isnan(high) and 0 < point < 1)
 
 
 @pytest.mark.parametrize(("seeds", "coverage"), [(3, 0.75), (5, 0.84), (10, 0.91)])
