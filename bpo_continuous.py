@@ -120,6 +120,7 @@ def check_loss_args(args):
 # Environment ----------------------------------------------------------------------------------------------------------
 
 
+# The wrappers within which a simulator can be saved: they have no state, or one that is saved with it.
 STATELESS = (
     gym.wrappers.FlattenObservation, gym.wrappers.RecordVideo, gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing,
     gym.wrappers.PassiveEnvChecker,
@@ -139,7 +140,7 @@ class Task(gym.Wrapper):
     def simulator_state(self):
         """All that later steps depend on, as a dict of arrays and plain data; None where the simulator can't be saved."""
         env = self.env
-        while type(env) in STATELESS:  # or with a state that is saved below
+        while type(env) in STATELESS:
             env = env.env
         if not type(env).__module__.startswith(("gymnasium.envs.mujoco", "gymnasium.envs.classic_control")):
             return None

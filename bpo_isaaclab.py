@@ -60,7 +60,7 @@ class Args:
     seed: int = 1  # seed of networks, policy noise and environments
     total_timesteps: int | None = None  # environment steps in all; none here and below: the task's own
     num_envs: int = 4096  # parallel environments of each process
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # of simulation and networks
+    device: str | None = None  # of simulation and networks; none: a GPU where there is one
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()  # of the task's configuration, given as key=value beside the flags
 
     num_steps: int | None = None  # steps in each environment per rollout
@@ -129,6 +129,10 @@ def stock_settings(rl_cfg, args):
         for word, row in PAPER.items():
             stock |= row if word in args.task else {}
     return replace(args, **{name: value for name, value in stock.items() if getattr(args, name) is None})
+
+
+def best_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_args(args):
@@ -301,7 +305,7 @@ def load_task(args, launched):
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError):
-        sys.exit(f"{SCRIPT}: --device {args.device} is not to be had here: take cpu")
+        sys.exit(f"{SCRIPT}: --device {args.device} is not to be had here: take --device cpu")
     if args.task.startswith("Mjlab-"):
         return load_mjlab(args, launched)
     if args.capture_video:
@@ -754,7 +758,10 @@ def evaluate(agent, envs, args, run_dir):
 def train(args):
     """Trains, evaluates, exports and draws the learning curve; returns the run folder."""
     checkpoint = load_checkpoint(args.resume) if args.resume else None
-    args = replace(checkpoint["args"], resume=args.resume, device=args.device) if checkpoint else args
+    if checkpoint:
+        args = replace(checkpoint["args"], resume=args.resume, device=args.device or checkpoint["args"].device)
+    else:
+        args = replace(args, device=args.device or best_device())
     if WORLD_SIZE > 1:
         cuda = args.device.startswith("cuda")
         args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device)
@@ -943,8 +950,9 @@ def main():
     if args.resume and (args != Args(resume=args.resume, device=args.device) or overrides):
         sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag but --device")
     if args.evaluate:
-        played = dict(eval_episodes=args.eval_episodes, capture_video=args.capture_video, device=args.device)
-        if args != Args(evaluate=args.evaluate, **played) or overrides:
+        device = args.device or best_device()
+        played = dict(eval_episodes=args.eval_episodes, capture_video=args.capture_video, device=device)
+        if replace(args, device=device) != Args(evaluate=args.evaluate, **played) or overrides:
             sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-episodes, "
                      "--capture-video and --device")  # fmt: skip
         if args.eval_episodes < 1:
@@ -956,7 +964,7 @@ def main():
             envs = Envs(make_env(), rl_cfg)
             obs, critic_obs = envs.reset()
             envs.env.unwrapped.common_step_counter = checkpoint["state"]["curriculum"]
-            agent = Agent(obs.shape[1], critic_obs.shape[1], envs.num_actions, settings).to(args.device)
+            agent = Agent(obs.shape[1], critic_obs.shape[1], envs.num_actions, settings).to(device)
             agent.load_state_dict(checkpoint["agent"])
             evaluate(agent, envs, settings, Path(args.evaluate))
     else:

@@ -214,8 +214,11 @@ def test_a_stopped_run_goes_on_and_says_that_episodes_begin_anew(point_mass, cap
     state["args"]["total_timesteps"] *= 2
     bpo.save_checkpoint(run_dir, state)
     state["state"]["world_size"] = 2
+    state["args"]["device"] = "nowhere"  # it goes on where it was, unless told otherwise
     bpo.save_checkpoint(run_dir, state)
-    bpo.train(bpo.Args(resume=str(run_dir)))
+    with pytest.raises(RuntimeError, match="nowhere"):
+        bpo.train(bpo.Args(resume=str(run_dir)))
+    bpo.train(bpo.Args(resume=str(run_dir), device="cpu"))
     output = capsys.readouterr().out
     assert "new episodes begin" in output and "2 processes, now 1" in output
     assert checkpoint(run_dir)["state"]["step"] == 32 * 8 * 8
@@ -301,6 +304,7 @@ else:
         (["--task", "Isaac-Ant", "env.episode_length_s=abc"], "env.episode_length_s=abc"),
         (["--task", "Isaac-Ant", "env.scene.num_envs=7"], "--num-envs"),
         (["--task", "Isaac-Shadow-Handover-Direct"], "several agents"),
+        (["--task", "Isaac-Ant", "--device", "cpu", "--num-envs", "2", "physics=physx"], "can't be made with physics=physx"),
     ]
 if importlib.util.find_spec("mjlab") is None:
     BAD_INPUT.append((["--task", "Mjlab-Cartpole-Balance"], "pip install -r requirements-mjlab.txt"))
