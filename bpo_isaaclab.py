@@ -15,7 +15,8 @@ Q is the GAE(λ) return of the action taken. Source: Ao et al., Bounded Ratio Re
     torchrun --nproc-per-node 2 bpo_isaaclab.py --task Isaac-Humanoid   on two GPUs, each with its own environments
     python bpo_isaaclab.py --evaluate runs/<run> --capture-video        plays what was learned, and films it (mjlab)
 
-Networks, steps, epochs, learning rate and all else that a flag doesn't set are the task's own, from its rsl_rl configuration.
+Networks, steps, epochs, learning rate and all else that no flag sets are the task's own, from its rsl_rl configuration, for BPO
+with the authors' changes.
 """
 
 import contextlib

@@ -959,6 +959,8 @@ def train(args):
     main_process = accelerator.is_main_process
     if args.num_prompts % world:
         sys.exit(f"{SCRIPT}: --num-prompts {args.num_prompts} can't be shared out equally among {world} processes")
+    if state and state.get("processes", world) != world:
+        sys.exit(f"{SCRIPT}: {run_dir} is a run of {state['processes']} processes and goes on with as many, not with {world}")
     shots, task.train, task.test = task.train[: args.few_shot], task.train[args.few_shot :], task.test[: args.eval_prompts]
     train_prompts, test_prompts = (tokenize_prompts(e, shots, policy.model, tokenizer, args) for e in (task.train, task.test))
     if args.row_tokens:
@@ -977,7 +979,7 @@ def train(args):
             return first_model("logprobs", rows)
 
     if not state:
-        state = {"args": asdict(args), "batch": 0, "seconds": 0.0, "csv_size": 0, "evaluations": {}}
+        state = {"args": asdict(args), "processes": world, "batch": 0, "seconds": 0.0, "csv_size": 0, "evaluations": {}}
         if main_process:
             run_dir = new_run_dir(args)
             (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2))

@@ -603,6 +603,8 @@ def test_two_processes_share_the_questions_hold_the_same_weights_and_resume(tmp_
     resumed, _ = torchrun(tmp_path, "--resume", f"runs/{run_dir.name}")
     assert resumed["asked"] == first["asked"][2:]
     assert same_weights(first, resumed)
+    alone = run(tmp_path, "--resume", run_dir)
+    assert alone.returncode and "is a run of 2 processes" in alone.stderr
 
 
 # The answers of the two processes end at different steps.
