@@ -692,7 +692,7 @@ def train(args):
         for episode, score in enumerate(scores):
             writer.add_scalar("eval/episodic_return", score, episode)
         writer.close()
-    plot_learning_curve(run_dir, f"{args.env_id}, {SCRIPT}, seed {args.seed}")
+    plot_learning_curve(run_dir, f"{args.env_id}, {SCRIPT} --loss {args.loss}, seed {args.seed}")
     print(f"learning curve: {run_dir / 'learning_curve.png'}")
     return run_dir
 
