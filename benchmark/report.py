@@ -4,9 +4,9 @@
     python benchmark/report.py benchmark/atari.toml --output docs/atari.png     one matrix: its table, and its curves
 
 A curve is a run's mean return per hundredth of its steps, in a running mean over five; its last value is the run's return.
-Lines are means over seeds, bands and brackets 95 % bootstrap intervals of the mean. What is taken over all tasks is rliable's
-(Agarwal et al., arXiv 2108.13264), its intervals from resampling the seeds of each task, on normalised returns: 0 is what a
-task's first policies had, 1 what the reference arm has in the end.
+Lines are means over seeds, bands and brackets 95 % bootstrap intervals of the mean, of three seeds or more. What is taken
+over all tasks is rliable's (Agarwal et al., arXiv 2108.13264), its intervals from resampling the seeds of each task, on
+normalised returns: 0 is what a task's first policies had, 1 what the reference arm has in the end.
 """
 
 import csv
@@ -136,7 +136,8 @@ def draw_curves(results, path):
                 mean, (low, high) = mean_and_interval(runs)
                 color = COLORS.get(arm, f"C{i}")
                 axis.plot(steps, mean, color=color, label=arm)
-                axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+                if len(runs) > 2:
+                    axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
         axis.set(title=task, xlabel=results.unit, ylabel="reward" if results.unit == "batches" else "episodic return")
         if results.total_timesteps > 10_000:
             axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
