@@ -98,7 +98,9 @@ def test_two_at_once_share_a_matrix_and_the_cores(repository):
     (repository / "stub.py").write_text(STUB)
     (repository / "stub.toml").write_text(STUB_MATRIX)
     command = [sys.executable, "benchmark/run.py", "stub.toml", "--jobs", "1"]
-    processes = [subprocess.Popen(command, cwd=repository, text=True, stdout=subprocess.PIPE) for _ in range(2)]
+    options = dict(cwd=repository, text=True, stdout=subprocess.PIPE)
+    options["env"] = os.environ | {"TMPDIR": str(repository)}  # locks of cores of its own: a matrix may be at work beside it
+    processes = [subprocess.Popen(command, **options) for _ in range(2)]
     outputs = [process.communicate()[0] for process in processes]
     assert sum(output.count("finished stub") for output in outputs) == 3
     folders = list((repository / "benchmark/scratch/stub").glob("*/runs/*"))
