@@ -12,9 +12,9 @@ shares a matrix out by `--shard 1/4` … `--shard 4/4`. The matrix is a TOML fil
     bpo = "bpo_continuous.py"
     bpo-mean = "bpo_continuous.py --no-use-median"
 
-Each CSV file, benchmark/results/<matrix>/<arm>__<task>__<seed>.csv, has a comment line with command, versions, processor and
-commit, and then, for each hundredth of the run in which an episode ended, the mean return of those episodes and the means of
-approx_kl and clipfrac, where the script logs them to TensorBoard.
+Each CSV file, benchmark/results/<matrix>/<arm>__<task>__<seed>.csv, has a comment line with command, versions, processor, GPUs
+and commit, and then, for each hundredth of the run in which an episode ended, the mean return of those episodes and the means
+of approx_kl and clipfrac, where the script logs them to TensorBoard.
 """
 
 import csv
@@ -112,6 +112,16 @@ def load_matrix(path, shard, arms=()):
     return runs
 
 
+def gpus():
+    """Names of the machine's GPUs, each after a comma."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return "".join(f", {name}" for name in names)
+
+
 def processor():
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
@@ -143,7 +153,7 @@ def write_result(run):
             buckets[name][min(step * BUCKETS // run.total_timesteps, BUCKETS - 1)].append(value)
     packages = " ".join(f"{name}=={version(name)}" for name in PACKAGES if find_spec(name))
     lines = [
-        f"# python {shlex.join(run.flags)} | python=={platform.python_version()} {packages} | {processor()}{commit()}",
+        f"# python {shlex.join(run.flags)} | python=={platform.python_version()} {packages} | {processor()}{gpus()}{commit()}",
         "step,return,episodes," + ",".join(list(columns)[1:]),
     ]
     digits = 4 if len(columns) > 1 + len(METRICS) else 2  # rewards of language models lie between 0 and 1

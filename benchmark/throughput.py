@@ -9,6 +9,7 @@ once, one after the other, so that a drift of the machine's speed meets them ali
     python benchmark/throughput.py --scaling    steps per second of bpo_continuous.py by --num-envs, on all cores
     python benchmark/throughput.py --update     time of a BPO update as a multiple of a PPO update, without environment
     python benchmark/throughput.py --atari      bpo_atari.py against Stable-Baselines3 on Pong, all cores, the paper's row
+    python benchmark/throughput.py --atari --device cuda    the same with the networks on a GPU
 
 Where sbx-rl is installed, SBX joins in on MuJoCo: Stable-Baselines3's PPO in JAX, compiled.
 CleanRL joins in, its hidden layers 64 wide, where a checkout of it has an environment of its own, as it needs old simulators:
@@ -92,7 +93,7 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecFrameStack
 gymnasium.register_envs(ale_py)
 envs = VecFrameStack(make_atari_env("PongNoFrameskip-v4", n_envs=8, seed=1), 4)
-model = PPO("CnnPolicy", envs, n_steps=128, batch_size=256, n_epochs=5, gamma=0.98, learning_rate=2.5e-4, device="cpu")
+model = PPO("CnnPolicy", envs, n_steps=128, batch_size=256, n_epochs=5, gamma=0.98, learning_rate=2.5e-4, device={device!r})
 start = time.perf_counter()
 model.learn({steps})
 seconds = time.perf_counter() - start
@@ -119,6 +120,7 @@ class Args:
     scaling: bool = False  # measure --num-envs 1, 4 and 16 instead, synchronous and asynchronous
     update: bool = False  # measure the updates alone instead
     atari: bool = False  # measure Pong instead
+    device: str = "cpu"  # of the networks, with --atari
     cleanrl: Path | None = None  # a checkout of CleanRL with its own .venv, to be measured too
 
 
@@ -164,7 +166,7 @@ def main():
         python, path = args.cleanrl.absolute() / ".venv/bin/python", args.cleanrl.absolute() / "cleanrl" / script
         if not (python.exists() and path.exists()):
             sys.exit(f"throughput.py: --cleanrl {args.cleanrl} needs {python} and {path}: see the top of this file")
-        words = [str(path), *words, "--no-cuda", "--total-timesteps", str(args.steps)]
+        words = [str(path), *words, *(["--no-cuda"] if args.device == "cpu" else []), "--total-timesteps", str(args.steps)]
         return {f"CleanRL {script}": CLEANRL.format(python=str(python), words=words, steps=args.steps)}
 
     if not (args.update or args.scaling or find_spec("stable_baselines3")):
@@ -173,11 +175,11 @@ def main():
         median, low, high = measure(UPDATE.format(root=str(ROOT), hidden_size=args.hidden_size, rounds=args.rounds), 1)
         print(f"a BPO update takes {median:.2f} times a PPO update (median of {args.rounds} pairs, {low:.2f}–{high:.2f})")
     elif args.atari:
-        flags = {"env_id": "PongNoFrameskip-v4", "total_timesteps": args.steps, "update_epochs": 5, "device": "cpu"}
+        flags = {"env_id": "PongNoFrameskip-v4", "total_timesteps": args.steps, "update_epochs": 5, "device": args.device}
         programs = {f"bpo_atari.py --loss {loss}": ours("bpo_atari", loss=loss) for loss in ("bpo", "ppo")}
         programs["bpo_atari.py --amp"] = ours("bpo_atari", amp=True)
         programs |= cleanrl("ppo_atari_envpool.py", "--env-id", "Pong-v5", "--update-epochs", "5")
-        sb3 = ATARI_SB3.format(steps=args.steps)
+        sb3 = ATARI_SB3.format(steps=args.steps, device=args.device)
         compare(programs | {"Stable-Baselines3 PPO": sb3}, args.steps, args.rounds, len(os.sched_getaffinity(0)))
     elif args.scaling:
         programs = {}
