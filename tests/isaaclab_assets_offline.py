@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import newton
-from pxr import Sdf, Usd, UsdGeom, UsdPhysics, UsdShade
+from pxr import Sdf, Usd, UsdGeom, UsdLux, UsdPhysics, UsdShade
 
 SOURCES = Path(newton.__file__).parent / "examples" / "assets"
 ROBOTS = {  # source: path in the asset root, root prim, joints by another name
@@ -29,7 +29,9 @@ def write_robot(source, path, root, joints):
     stage = Usd.Stage.Open(str(SOURCES / source), Usd.Stage.LoadAll)
     layer = stage.Flatten()
     stage = Usd.Stage.Open(layer)
-    unwanted = [prim.GetPath() for prim in stage.Traverse() if prim.IsA(UsdPhysics.Scene) or "Light" in prim.GetTypeName()]
+    # Groups of shapes that may collide: the humanoid's leave out the ground, through which Newton would let it fall.
+    kinds = UsdPhysics.Scene, UsdPhysics.CollisionGroup, UsdLux.BoundableLightBase, UsdLux.NonboundableLightBase
+    unwanted = [prim.GetPath() for prim in stage.Traverse() if any(prim.IsA(kind) for kind in kinds)]
     for prim_path in unwanted:
         stage.RemovePrim(prim_path)
     renamed = [prim.GetPath() for prim in stage.Traverse() if prim.GetName() in joints and prim.IsA(UsdPhysics.Joint)]
