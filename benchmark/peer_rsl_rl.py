@@ -125,8 +125,8 @@ def compare_speed(args, env, rl_cfg):
         return seconds["learn"], now() - start - seconds["learn"] - seconds["step"]
 
     def ours(loss):
-        settings = bpo.stock_settings(rl_cfg, bpo.Args(task=args.task, loss=loss, num_envs=args.num_envs, device=args.device))
-        settings = bpo.replace(settings, total_timesteps=steps)
+        settings = bpo.Args(task=args.task, loss=loss, reevaluate=loss == "bpo", num_envs=args.num_envs, device=args.device)
+        settings = bpo.replace(bpo.stock_settings(rl_cfg, settings), total_timesteps=steps)
         return bpo.train_in(bpo.Envs(env, rl_cfg), settings, None, bpo.new_run_dir(settings), True)
 
     results = {"bpo": [], "ppo": [], "rsl_rl": []}
