@@ -56,7 +56,7 @@ class Args:
     num_envs: int = 8  # parallel games
     num_threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # CPU threads
     device: str | None = None  # of the network; none: a GPU where there is one
-    amp: bool = False  # bfloat16 in the network: much faster on GPUs and on CPUs with AMX, a little less exact
+    amp: bool = False  # bfloat16 in the network: much faster on CPUs with AMX, a little less exact
 
     num_steps: int = 128  # actions in each game per rollout
     num_minibatches: int = 4  # minibatches per epoch

@@ -10,6 +10,7 @@ once, one after the other, so that a drift of the machine's speed meets them ali
     python benchmark/throughput.py --update     time of a BPO update as a multiple of a PPO update, without environment
     python benchmark/throughput.py --atari      bpo_atari.py against Stable-Baselines3 on Pong, all cores, the paper's row
     python benchmark/throughput.py --atari --device cuda    the same with the networks on a GPU
+    python benchmark/throughput.py --memory     what takes bpo_atari.py's memory before it has learned anything
 
 Where sbx-rl is installed, SBX joins in on MuJoCo: Stable-Baselines3's PPO in JAX, compiled.
 CleanRL joins in, its hidden layers 64 wide, where a checkout of it has an environment of its own, as it needs old simulators:
@@ -100,6 +101,29 @@ seconds = time.perf_counter() - start
 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({{"seconds": seconds, "megabytes": memory / 1024}}))
 """
+MEMORY = """
+import json, resource, sys
+megabytes = {{}}
+def note(name):
+    megabytes[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+import torch
+note("torch imported")
+sys.path.insert(0, {root!r})
+import bpo_atari as script
+note("the script imported")
+args = script.Args(device="cpu")
+games = script.AtariEnvs(args.env_id, args.num_envs, args.num_threads)
+games.seeded_reset(args.seed + script.np.arange(args.num_envs))
+note("games started")
+agent = script.Agent(int(games.single_action_space.n), args)
+weights = script.flatten_parameters(agent)
+note("network, gradients")
+torch.optim.Adam([weights], lr=args.learning_rate, fused=True).step()
+note("Adam")
+rollout = torch.ones((args.num_steps, args.num_envs, 84, 84, 4), dtype=torch.uint8)
+note("screens of a rollout")
+print(json.dumps(megabytes))
+"""
 # CleanRL's clock starts with its first environment step too; it prints steps per second after each update.
 CLEANRL = """
 import json, resource, subprocess, sys
@@ -120,6 +144,7 @@ class Args:
     scaling: bool = False  # measure --num-envs 1, 4 and 16 instead, synchronous and asynchronous
     update: bool = False  # measure the updates alone instead
     atari: bool = False  # measure Pong instead
+    memory: bool = False  # measure what takes memory on Pong instead
     device: str = "cpu"  # of the networks, with --atari
     cleanrl: Path | None = None  # a checkout of CleanRL with its own .venv, to be measured too
 
@@ -169,11 +194,14 @@ def main():
         words = [str(path), *words, *(["--no-cuda"] if args.device == "cpu" else []), "--total-timesteps", str(args.steps)]
         return {f"CleanRL {script}": CLEANRL.format(python=str(python), words=words, steps=args.steps)}
 
-    if not (args.update or args.scaling or find_spec("stable_baselines3")):
+    if not (args.update or args.scaling or args.memory or find_spec("stable_baselines3")):
         sys.exit("throughput.py: what the scripts are measured against is missing: pip install stable-baselines3==2.9.2")
     if args.update:
         median, low, high = measure(UPDATE.format(root=str(ROOT), hidden_size=args.hidden_size, rounds=args.rounds), 1)
         print(f"a BPO update takes {median:.2f} times a PPO update (median of {args.rounds} pairs, {low:.2f}–{high:.2f})")
+    elif args.memory:
+        for name, megabytes in measure(MEMORY.format(root=str(ROOT)), len(os.sched_getaffinity(0))).items():
+            print(f"{megabytes:4.0f} MB  {name}")
     elif args.atari:
         flags = {"env_id": "PongNoFrameskip-v4", "total_timesteps": args.steps, "update_epochs": 5, "device": args.device}
         programs = {f"bpo_atari.py --loss {loss}": ours("bpo_atari", loss=loss) for loss in ("bpo", "ppo")}
