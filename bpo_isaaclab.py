@@ -497,8 +497,12 @@ def estimate_returns(agent, rollout, args):
     """V(s), GAE(λ) advantages and returns R̂ = A + V of a rollout's steps, with the critic as it is: a dict of (T·N,).
 
     `rollout` holds obs and next_obs (T, N, D) as the critic takes them, and `gae`'s rewards, terminations and dones (T, N).
+    Where an episode goes on, next_obs are the next step's obs and need no second look.
     """
-    values, next_values = agent.get_value(rollout["obs"]), agent.get_value(rollout["next_obs"])
+    values = agent.get_value(rollout["obs"])
+    next_values = torch.cat((values[1:], agent.get_value(rollout["next_obs"][-1:])))
+    cut_off = rollout["dones"] > rollout["terminations"]
+    next_values[cut_off] = agent.get_value(rollout["next_obs"][cut_off])
     ends = rollout["terminations"], rollout["dones"]
     advantages = gae(rollout["rewards"], values, next_values, *ends, args.gamma, args.gae_lambda)
     return {"values": values.flatten(), "advantages": advantages.flatten(), "returns": (advantages + values).flatten()}

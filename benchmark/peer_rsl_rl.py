@@ -95,13 +95,18 @@ def train_peer(args, env, rl_cfg):
 
 def compare_speed(args, env, rl_cfg):
     """Prints the ratios of learning time and of collection's overhead, ours to theirs, over paired rounds."""
-    seconds = {"step": 0.0, "learn": 0.0}
+    seconds, learning = {"step": 0.0, "learn": 0.0}, []
 
-    def timed(function, name):
+    def timed(function):
+        """Adds what a call takes to the learning, once where one is within another."""
+
         def wrapper(*arguments, **options):
             start = now()
+            learning.append(function)
             result = function(*arguments, **options)
-            seconds[name] += now() - start
+            learning.pop()
+            if not learning:
+                seconds["learn"] += now() - start
             return result
 
         return wrapper
@@ -110,12 +115,12 @@ def compare_speed(args, env, rl_cfg):
         seconds["step"] += duration
 
     on_step(env, add_step)
-    bpo.update, bpo.estimate_returns = timed(bpo.update, "learn"), timed(bpo.estimate_returns, "learn")
+    bpo.update, bpo.estimate_returns = timed(bpo.update), timed(bpo.estimate_returns)
     bpo.evaluate = bpo.export_policy = bpo.plot_learning_curve = lambda *_: None
     steps = args.num_envs * rl_cfg.num_steps_per_env * args.iterations
     runner = make_runner(env, rl_cfg, args.device)
-    runner.alg.update = timed(runner.alg.update, "learn")
-    runner.alg.compute_returns = timed(runner.alg.compute_returns, "learn")
+    runner.alg.update = timed(runner.alg.update)
+    runner.alg.compute_returns = timed(runner.alg.compute_returns)
 
     def measure(train):
         seconds.update(step=0.0, learn=0.0)

@@ -120,6 +120,25 @@ def test_kl_and_log_prob_are_those_of_normal_distributions():
     torch.testing.assert_close(bpo.log_prob(actions, means, logstd), old.log_prob(actions).sum(-1))
 
 
+def test_returns_bootstrap_from_where_each_action_led():
+    torch.manual_seed(0)
+    args = bpo.stock_settings(rl_cfg(), bpo.Args())
+    agent = bpo.Agent(2, 3, 1, args)
+    obs, last_obs = torch.randn(9, 5, 3), torch.randn(8, 5, 3)
+    terminations, truncations = (torch.rand(8, 5) < 0.2 for _ in range(2))
+    next_obs = torch.where((truncations & ~terminations)[..., None], last_obs, obs[1:])
+    rollout = {"obs": obs[:-1], "next_obs": next_obs, "rewards": torch.randn(8, 5), "terminations": terminations.float()}
+    rollout["dones"] = (terminations | truncations).float()
+    estimates = bpo.estimate_returns(agent, rollout, args)
+    with torch.no_grad():
+        values, next_values = agent.get_value(rollout["obs"]), agent.get_value(next_obs)
+    ends = rollout["terminations"], rollout["dones"]
+    advantages = bpo.gae(rollout["rewards"], values, next_values, *ends, args.gamma, args.gae_lambda)
+    assert (truncations & ~terminations)[:-1].any() and (truncations & ~terminations)[-1].any()
+    torch.testing.assert_close(estimates["advantages"], advantages.flatten())
+    torch.testing.assert_close(estimates["returns"], (advantages + values).flatten())
+
+
 @pytest.mark.parametrize(("kl", "factor"), [(0.021, 1 / 1.5), (0.02, 1), (0.005, 1), (0.004, 1.5), (0.0, 1)])
 def test_the_learning_rate_follows_the_kl_within_its_bounds(kl, factor):
     rate = torch.tensor(1e-3)

@@ -17,7 +17,7 @@ SHARED_WITH_ATARI |= {
     "append_episodes",
     "plot_learning_curve",
 }
-SHARED_WITH_ISAACLAB = {"gae", "estimate_returns", "target_ratio", "bpo_loss", "median_loss", "convert", "SCRIPT"}
+SHARED_WITH_ISAACLAB = {"gae", "target_ratio", "bpo_loss", "median_loss", "convert", "SCRIPT"}
 SHARED_WITH_ISAACLAB |= {"save_checkpoint", "load_checkpoint", "append_episodes", "plot_learning_curve"}
 LOSSES = {"target_ratio", "bpo_loss", "median_loss", "ppo_loss", "clipped_value_loss"}
 
