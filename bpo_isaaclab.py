@@ -16,7 +16,7 @@ Q is the GAE(λ) return of the action taken. Source: Ao et al., Bounded Ratio Re
     python bpo_isaaclab.py --evaluate runs/<run> --capture-video        plays what was learned, and films it (mjlab)
 
 Networks, steps, epochs, learning rate and all else that no flag sets are the task's own, from its rsl_rl configuration, for BPO
-with the changes in PAPER below.
+with the changes in PAPER below, and with new values before each epoch.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ class Args:
     desired_kl: float | None = None  # the learning rate follows this KL(π₀‖π); 0: it stands still
     gamma: float | None = None  # discount γ
     gae_lambda: float | None = None  # λ of GAE, the generalised advantage estimator
-    epsilon: float | None = None  # half-width ε of the band the ratio is to stay in; PPO's clip
+    epsilon: float | None = None  # half-width ε of the band the ratio is to stay in; PPO's clip; none with BPO: PAPER's
     temperature: float = 1e-2  # λ, in returns: advantages well above it ask for the band's edge
     use_median: bool = True  # threshold at the soft median μ(s); --no-use-median: at the mean V(s), the paper's ablation
     median_temperature: float = 1.0  # of the median loss; in theory it is λ, the authors have 1
@@ -98,7 +98,7 @@ class Args:
     evaluate: str | None = None  # run folder whose policy is played; nothing is trained
 
 
-# What BPO has in the place of the tasks' own settings, by a word of the task's name: the authors' changes, and ε 0.3 where they
+# What BPO has in place of the tasks' own settings, by a word of the task's name: the authors' changes, and ε 0.3 where they
 # tell none. PPO has the tasks' own.
 PAPER = {
     "": dict(epsilon=0.3, ent_coef=0.0, vf_coef=1.0),

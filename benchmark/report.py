@@ -27,9 +27,8 @@ import matplotlib.pyplot as plt
 BENCHMARK = Path(__file__).resolve().parent
 DOCS = BENCHMARK.parent / "docs"
 SMOOTHING = 5  # hundredths of the run in the running mean
-COLORS = {"base": plt.get_cmap("tab10").colors[0]} | dict(
-    zip(("bpo", "ppo", "sb3", "ppo-same", "bpo-paper", "ppo-paper", "bpo-entropy"), plt.get_cmap("tab10").colors)
-)
+NAMES = "base", "bpo", "ppo", "sb3", "ppo-same", "bpo-paper", "ppo-paper", "bpo-entropy", "bpo-task", "rsl_rl"
+COLORS = dict(zip(NAMES, plt.get_cmap("tab10").colors[:1] + plt.get_cmap("tab10").colors))  # base: what bpo was
 
 
 @dataclass

@@ -191,7 +191,8 @@ def main():
         python, path = args.cleanrl.absolute() / ".venv/bin/python", args.cleanrl.absolute() / "cleanrl" / script
         if not (python.exists() and path.exists()):
             sys.exit(f"throughput.py: --cleanrl {args.cleanrl} needs {python} and {path}: see the top of this file")
-        words = [str(path), *words, *(["--no-cuda"] if args.device == "cpu" else []), "--total-timesteps", str(args.steps)]
+        device = [] if args.atari and args.device != "cpu" else ["--no-cuda"]
+        words = [str(path), *words, *device, "--total-timesteps", str(args.steps)]
         return {f"CleanRL {script}": CLEANRL.format(python=str(python), words=words, steps=args.steps)}
 
     if not (args.update or args.scaling or args.memory or find_spec("stable_baselines3")):

@@ -1,5 +1,6 @@
 """bpo_isaaclab.py: its pieces and its loop on a small stand-in, then the real Isaac Lab and mjlab where they are installed."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -213,7 +214,8 @@ def test_what_a_failed_simulation_leaves_reaches_no_return(point_mass, monkeypat
 
 
 @pytest.mark.parametrize(
-    "flags", [{"loss": "bpo"}, {"loss": "ppo"}, {"reevaluate": False, "online_adv": False}, {"use_median": False}]
+    "flags",
+    [{"loss": "bpo"}, {"loss": "ppo", "reevaluate": False}, {"reevaluate": False, "online_adv": False}, {"use_median": False}],
 )
 def test_it_learns_to_go_to_the_middle(flags, point_mass, capsys):
     run_dir = bpo.train(bpo.Args(total_timesteps=32 * 8 * 60, **SMALL | flags))
@@ -439,10 +441,11 @@ def run_real(tmp_path, *flags, **environment):
 def isaac_assets():
     if importlib.util.find_spec("isaaclab") is None:
         pytest.skip("Isaac Lab is not installed (pip install -r requirements-isaaclab.txt on Python 3.12)")
-    from isaaclab_assets_offline import build
+    import isaaclab_assets_offline
 
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "brrl" / "isaac_assets"
-    return {"ISAACSIM_ASSET_ROOT": str(build(folder)), "OMP_NUM_THREADS": "1"}
+    version = hashlib.sha256(Path(isaaclab_assets_offline.__file__).read_bytes()).hexdigest()[:8]
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "brrl" / f"isaac_assets-{version}"
+    return {"ISAACSIM_ASSET_ROOT": str(isaaclab_assets_offline.build(folder)), "OMP_NUM_THREADS": "1"}
 
 
 def test_missing_assets_are_one_line(isaac_assets, tmp_path):
