@@ -120,10 +120,10 @@ def check_env_id(env_id):
 class AtariEnvs(AtariVectorEnv):
     """Games as in Mnih et al. (2015): 4 frames an action, maximum of the last two, 84×84 grey, 4 stacked, up to 30 no-ops.
 
-    A lost life terminates, though the game goes on. A finished game is replaced in the same step, so no transition crosses a
-    reset. Rewards are those of the game, not clipped. ALE can't save a vector of games, but a game is a function of its seed
-    and its actions: both are kept, and `replay` plays them again. So that there is never much to play again, a game that ends
-    more than `reseed_after` actions after its seed is followed by one with a new seed.
+    A lost life terminates, though the game goes on; where a game has FIRE, that is its next action. A finished game is replaced
+    in the same step, so no transition crosses a reset. Rewards are those of the game, not clipped. ALE can't save a vector of
+    games, but a game is a function of its seed and its actions: both are kept, and `replay` plays them again. So that there is
+    never much of it, a game that ends more than `reseed_after` actions after its seed is followed by one with a new seed.
     """
 
     reseed_after = 10_000
@@ -134,28 +134,43 @@ class AtariEnvs(AtariVectorEnv):
                          max_num_frames_per_episode=game["max_num_frames_per_episode"], reward_clipping=False,
                          life_loss_info=life_loss, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
                          num_threads=num_threads)  # fmt: skip
+        actions = self.ale.get_action_set()
+        self.fire = actions.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in actions else None
 
     def seeded_reset(self, seeds):
         """Starts all games from these seeds (N,); returns their first observations."""
         self.seeds, self.actions = seeds, [bytearray() for _ in seeds]
         obs, infos = self.reset(seed=seeds)
-        self.frames = infos["episode_frame_number"]
+        self.frames, self.lives = infos["episode_frame_number"], infos["lives"]
+        self.life_lost = np.zeros(self.num_envs, bool)
         return obs
 
-    def step(self, actions):
-        """As gymnasium's; infos["game_over"] (N,) tells the end of a game, by time limit too, from that of a life."""
-        for played, action in zip(self.actions, actions.tolist()):
-            played.append(action)
+    def play(self, actions):
+        """A step of all games, with an account of games and lives that it ended."""
         obs, rewards, terminations, truncations, infos = super().step(actions)
         infos["game_over"] = infos["episode_frame_number"] <= self.frames
-        self.frames = infos["episode_frame_number"]
+        self.life_lost = (infos["lives"] < self.lives) & ~infos["game_over"]
+        self.frames, self.lives = infos["episode_frame_number"], infos["lives"]
+        return obs, rewards, terminations, truncations, infos
+
+    def step(self, actions):
+        """As gymnasium's; infos["game_over"] (N,) tells the end of a game, by time limit too, from that of a life.
+
+        infos["forced"] (N,) tells where FIRE was pressed in place of the action given, which nothing is to be learned from.
+        """
+        forced = self.life_lost & (self.fire is not None)
+        actions = np.where(forced, self.fire or 0, actions)
+        for played, action in zip(self.actions, actions.tolist()):
+            played.append(action)
+        obs, rewards, terminations, truncations, infos = self.play(actions)
+        infos["forced"] = forced
         old = infos["game_over"] & (np.array([len(played) for played in self.actions]) > self.reseed_after)
         if old.any():
             self.seeds[old] += 1000  # far from those of runs with other seeds
             for i in np.flatnonzero(old):
                 self.actions[i].clear()
             obs, reset_infos = self.reset(seed=self.seeds[old], options={"reset_mask": old})
-            self.frames = reset_infos["episode_frame_number"]
+            self.frames, self.lives = reset_infos["episode_frame_number"], reset_infos["lives"]
         return obs, rewards, terminations, truncations, infos
 
     def replay(self, seeds, actions):
@@ -166,11 +181,12 @@ class AtariEnvs(AtariVectorEnv):
             started = np.array([len(played) >= longest - step for played in actions])
             if (starting := np.array([len(played) == longest - step for played in actions])).any():
                 obs, infos = self.reset(seed=seeds[starting], options={"reset_mask": starting})
+                self.frames, self.lives = infos["episode_frame_number"], infos["lives"]
+                self.life_lost &= ~starting
             if step < longest:
                 now = [int(played[step - longest]) if on else 0 for played, on in zip(actions, started)]
-                obs, _, _, _, infos = super().step(np.array(now))
+                obs, *_ = self.play(np.array(now))
         self.seeds, self.actions = seeds, [bytearray(played) for played in actions]
-        self.frames = infos["episode_frame_number"]
         return obs
 
 
@@ -184,14 +200,12 @@ def film_game(agent, args, run_dir):
     env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
     generator = torch.Generator().manual_seed(args.seed)
     obs, _ = env.reset(seed=args.seed)
-    if "FIRE" in meanings:
-        obs, *_ = env.step(meanings.index("FIRE"))
-    done = False
+    done, fire, lives = False, "FIRE" in meanings, 0
     while not done:
         noise = gumbel(1, env.action_space.n, generator=generator).to(args.device)
         action, _, _ = agent.act(to_screens(obs[None], args.device), noise)
-        obs, _, terminated, truncated, _ = env.step(action.item())
-        done = terminated or truncated
+        obs, _, terminated, truncated, info = env.step(meanings.index("FIRE") if fire else action.item())
+        done, fire, lives = terminated or truncated, "FIRE" in meanings and info["lives"] < lives, info["lives"]
     env.close()
 
 
@@ -609,7 +623,7 @@ def train(args):
     actions = torch.zeros(shape, dtype=torch.int64, device=args.device)
     logprobs, values = torch.zeros((2, *shape), device=args.device)
     rewards = np.zeros(shape)
-    terminations, truncations = np.zeros(shape, bool), np.zeros(shape, bool)
+    terminations, truncations, forced = (np.zeros(shape, bool) for _ in range(3))
     writer = SummaryWriter(run_dir, purge_step=iteration * batch_size + 1)
     unsaved, recent_returns, last = [], deque(maxlen=20), iteration == num_iterations
     progress = tqdm(total=num_iterations * batch_size, initial=iteration * batch_size, unit=" steps", disable=None)
@@ -625,6 +639,7 @@ def train(args):
             obs[step].copy_(screens, non_blocking=True)
             actions[step], logprobs[step], values[step] = agent.act(obs[step], noise[step])
             next_obs, rewards[step], terminations[step], truncations[step], infos = envs.step(actions[step].cpu().numpy())
+            forced[step] = infos["forced"]
             cut_off += [(step, i, infos["final_obs"][i]) for i in np.flatnonzero(truncations[step])]
             episode_return += rewards[step]
             episode_length += 1
@@ -647,6 +662,9 @@ def train(args):
         batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values, "advantages": advantages}
         batch["returns"] = advantages + values
         batch = {key: tensor.flatten(0, 1) for key, tensor in batch.items()}
+        if forced.any():
+            chosen = torch.from_numpy(~forced.flatten()).to(args.device)
+            batch = {key: tensor[chosen] for key, tensor in batch.items()}
 
         try:
             metrics = update(agent, optimizer, batch, args)

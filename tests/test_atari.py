@@ -68,10 +68,13 @@ def test_screens_rewards_and_ends_are_those_of_gymnasium_s_wrappers(env_id):
         np.testing.assert_array_equal(obs[i], reference.reset(envs.frames[i], gym_seeds[i]))
     actions = np.random.default_rng(0).integers(0, envs.single_action_space.n, (steps, num_envs))
     ends = rewarded = 0
+    life_lost = np.zeros(num_envs, bool)
     for action in actions:
         obs, rewards, terminations, truncations, infos = envs.step(action)
+        np.testing.assert_array_equal(infos["forced"], life_lost & references[0].fire)
+        life_lost = terminations & ~infos["game_over"]
         for i, reference in enumerate(references):
-            expected_obs, reward, terminated, game_over = reference.step(action[i])
+            expected_obs, reward, terminated, game_over = reference.step(1 if infos["forced"][i] else action[i])
             assert (rewards[i], terminations[i], infos["game_over"][i]) == (reward, terminated, game_over)
             if game_over:
                 expected_obs = reference.reset(envs.frames[i])
@@ -119,6 +122,29 @@ def test_no_transition_crosses_a_reset_and_a_lost_life_ends_the_bootstrap_but_no
     assert torch.equal(seen["next_values"], following)
 
 
+def test_fire_follows_a_lost_life_and_is_not_learned_from(tmp_path, monkeypatch):
+    envs = bpo.AtariEnvs("BreakoutNoFrameskip-v4", 2)
+    envs.seeded_reset(np.arange(2))
+    over = sum(envs.step(np.zeros(2, int))[4]["game_over"] for _ in range(300))
+    assert (over > 0).all()  # without FIRE the ball would lie still after the first life
+    monkeypatch.chdir(tmp_path)
+    step, played, batches = bpo.AtariEnvs.step, [], []
+
+    def spy_step(envs, actions):
+        result = step(envs, actions)
+        played.append((actions.copy(), result[4]["forced"]))
+        return result
+
+    monkeypatch.setattr(bpo.AtariEnvs, "step", spy_step)
+    monkeypatch.setattr(bpo, "update", lambda agent, optimizer, batch, args: batches.append(batch) or {})
+    monkeypatch.setattr(bpo, "evaluate", lambda *_: [])
+    bpo.train(bpo.Args(env_id="BreakoutNoFrameskip-v4", **SMALL | {"num_steps": 300, "total_timesteps": 600}))
+    actions, forced = (np.array(column) for column in zip(*played))
+    assert forced.any()
+    np.testing.assert_array_equal(batches[0]["actions"].numpy(), actions[~forced])
+    assert {len(tensor) for tensor in batches[0].values()} == {600 - forced.sum()}
+
+
 def test_a_real_time_limit_cuts_the_game_and_leaves_its_last_screens(monkeypatch):
     game = bpo.check_env_id("PongNoFrameskip-v4") | {"max_num_frames_per_episode": 400}
     monkeypatch.setattr(bpo, "check_env_id", lambda _: game)
@@ -140,15 +166,17 @@ def test_replayed_games_go_on_bit_for_bit(env_id, monkeypatch):
     monkeypatch.setattr(bpo.AtariEnvs, "reseed_after", 200)  # so that games of several seeds are met
     envs, twin = bpo.AtariEnvs(env_id, 3), bpo.AtariEnvs(env_id, 3)
     envs.seeded_reset(5 + np.arange(3))
-    actions = np.random.default_rng(0).integers(0, envs.single_action_space.n, (1400, 3))
-    for action in actions[:1100]:
-        obs, *_ = envs.step(action)
+    actions, played = np.random.default_rng(0).integers(0, envs.single_action_space.n, (1400, 3)), 0
+    while played < 1100 or not (envs.life_lost.any() or env_id == "ALE/Boxing-v5"):  # in Breakout FIRE is due
+        obs, *_ = envs.step(actions[played])
+        played += 1
     lengths = [len(played) for played in envs.actions]
     assert len(set(lengths)) > 1 or env_id != "BreakoutNoFrameskip-v4"
     np.testing.assert_array_equal(
         obs, twin.replay(envs.seeds.copy(), [np.frombuffer(bytes(a), np.uint8) for a in envs.actions])
     )
-    for action in actions[1100:]:
+    np.testing.assert_array_equal(envs.life_lost, twin.life_lost)
+    for action in actions[played:]:
         for ours, theirs in zip(envs.step(action)[:4], twin.step(action)[:4]):
             np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(envs.seeds, twin.seeds)
