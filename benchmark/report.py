@@ -414,7 +414,7 @@ def rebuild():
             draw_curves(found, figures / f"{name}.png")
             replace_block(page, name, f"![Learning curves](results/{name}.png)\n\n" + returns_table(found))
             replace_block(readme, name, f"![Learning curves](docs/results/{name}.png)\n\n" + returns_table(found))
-    for name in ("isaaclab_first", "isaaclab_gpu"):
+    for name in ("atari_before_fire", "isaaclab_first", "isaaclab_gpu"):
         replace_block(page, name, returns_table(read_results(matrix[name])))
     replace_block(page, "search_isaaclab", search_table(read_results(matrix["search_isaaclab"])))
     if (epochs := read_results(matrix["epochs"]).only()).tasks:
