@@ -139,11 +139,12 @@ def compare_speed(args, env, rl_cfg):
         results["bpo"].append(measure(lambda: ours("bpo")))
         results["ppo"].append(measure(lambda: ours("ppo")))
         results["rsl_rl"].append(measure(lambda: runner.learn(args.iterations)))
-    print(f"| {args.task}, {args.num_envs} environments | learning / rsl_rl's | overhead of collection / rsl_rl's |")
-    print("|---|---|---|")
+    print(f"| {args.task}, {args.num_envs} environments | learning / rsl_rl's | overhead of collection / rsl_rl's | both |")
+    print("|---|---|---|---|")
     for loss in ("bpo", "ppo"):
         pairs = list(zip(results[loss], results["rsl_rl"]))[1:]
         ratios = [[ours[i] / theirs[i] for ours, theirs in pairs] for i in range(2)]
+        ratios.append([sum(ours) / sum(theirs) for ours, theirs in pairs])
         cells = (f"{statistics.median(r):.2f} ({min(r):.2f}–{max(r):.2f})" for r in ratios)
         print(f"| bpo_isaaclab.py --loss {loss} | " + " | ".join(cells) + " |")
 
