@@ -662,7 +662,7 @@ def train(args):
         batch = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values, "advantages": advantages}
         batch["returns"] = advantages + values
         batch = {key: tensor.flatten(0, 1) for key, tensor in batch.items()}
-        if forced.any():
+        if forced.any():  # the policy didn't choose this FIRE, its ratio means nothing
             chosen = torch.from_numpy(~forced.flatten()).to(args.device)
             batch = {key: tensor[chosen] for key, tensor in batch.items()}
 

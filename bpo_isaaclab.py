@@ -500,8 +500,8 @@ def estimate_returns(agent, rollout, args):
     Where an episode goes on, next_obs are the next step's obs and need no second look.
     """
     values = agent.get_value(rollout["obs"])
-    next_values = torch.cat((values[1:], agent.get_value(rollout["next_obs"][-1:])))
-    cut_off = rollout["dones"] > rollout["terminations"]
+    next_values = torch.cat((values[1:], agent.get_value(rollout["next_obs"][-1:])))  # V(s_{t+1})
+    cut_off = rollout["dones"] > rollout["terminations"]  # by a time limit: the next step's obs are of another episode
     next_values[cut_off] = agent.get_value(rollout["next_obs"][cut_off])
     ends = rollout["terminations"], rollout["dones"]
     advantages = gae(rollout["rewards"], values, next_values, *ends, args.gamma, args.gae_lambda)
