@@ -217,9 +217,9 @@ def test_a_run_fits_its_values_and_keeps_its_ratios_in_the_band(tmp_path, monkey
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir)).Reload()
-    value_losses = [event.value for event in events.Scalars("losses/explained_variance")]
+    explained = [event.value for event in events.Scalars("losses/explained_variance")]
     outside = [event.value for event in events.Scalars("losses/clipfrac")]
-    assert np.mean(value_losses[-3:]) > np.mean(value_losses[:3])
+    assert np.mean(explained[-3:]) > np.mean(explained[:3])
     assert max(outside) < 0.2
     assert (run_dir / "learning_curve.png").stat().st_size > 10_000
 
