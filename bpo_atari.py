@@ -503,7 +503,7 @@ def evaluate(weights, args, run_dir):
     agent = Agent(envs.single_action_space.n, args).to(args.device)
     agent.load_state_dict(weights)
     generator = torch.Generator().manual_seed(args.seed)
-    obs = envs.seeded_reset(args.seed + 50_000 + 100_000 * np.arange(args.eval_episodes))
+    obs = envs.seeded_reset(args.seed + 50_500 + 100_000 * np.arange(args.eval_episodes))  # no training seeds
     returns, over = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
     while not over.all():
         noise = gumbel(args.eval_episodes, envs.single_action_space.n, generator=generator).to(args.device)

@@ -15,8 +15,9 @@ Q is the GAE(λ) return of the action taken. Source: Ao et al., Bounded Ratio Re
     torchrun --nproc-per-node 2 bpo_isaaclab.py --task Isaac-Humanoid   on two GPUs, each with its own environments
     python bpo_isaaclab.py --evaluate runs/<run> --capture-video        plays what was learned, and films it (mjlab)
 
-Networks, steps, epochs, learning rate and all else that no flag sets are the task's own, from its rsl_rl configuration, for BPO
-with the changes in PAPER below, and with new values before each epoch.
+Networks, steps, epochs, learning rate and what else no flag sets are the task's own, from its rsl_rl configuration, but that
+the actor's last layer starts at zero, and that log σ is learned, not σ. BPO has the changes in PAPER below, and new values
+before each epoch.
 """
 
 import contextlib
@@ -82,7 +83,7 @@ class Args:
     median_coef: float = 1.0  # coefficient of the median loss
     ent_coef: float | None = None  # coefficient of the entropy bonus
     max_grad_norm: float | None = None  # longest gradient, of actor and critic each
-    norm_obs: bool | None = None  # normalise observations by their running mean and variance
+    norm_obs: bool | None = None  # by their running mean and variance, actor's and critic's alike; none: as the task's actor
     actor_hidden_dims: tuple[int, ...] | None = None  # widths of the actor's hidden layers
     critic_hidden_dims: tuple[int, ...] | None = None  # widths of the critic's hidden layers
     activation: str | None = None  # activation of the hidden layers: elu, relu, tanh, selu, swish, lrelu
@@ -184,27 +185,23 @@ def check_task_name(task, tasks):
         sys.exit(f"{SCRIPT}: no task {task!r}. Close: {', '.join(matches) or ', '.join(sorted(tasks)[:5])}")
 
 
-FLAGS = {"env.scene.num_envs": "--num-envs", "env.seed": "--seed", "env.sim.device": "--device", "agent.seed": "--seed"}
+# Settings that flags, or BPO's own in PAPER, would undo.
+FLAGS = {"env.scene.num_envs": "--num-envs", "env.seed": "--seed", "env.sim.device": "--device", "agent.seed": "--seed",
+         "agent.algorithm.clip_param": "--epsilon", "agent.algorithm.entropy_coef": "--ent-coef",
+         "agent.algorithm.value_loss_coef": "--vf-coef", "agent.algorithm.num_learning_epochs": "--update-epochs"}  # fmt: skip
 
 
 def find_setting(task, config, override):
-    """The object whose field an override a.b.c=value sets, and the field's name; exits with a line if there is none."""
+    """The object whose field an override a.b.c=value sets, its name and value; exits with a line if there is none."""
     if flag := FLAGS.get(override.split("=")[0]):
         sys.exit(f"{SCRIPT}: {override}: the flag {flag} sets this")
-    *parents, name = override.split("=")[0].split(".")
+    path, value = override.split("=")[0].split("."), config
     try:
-        for parent in parents:
-            config = config[parent] if isinstance(config, dict) else getattr(config, parent)
-        config[name] if isinstance(config, dict) else getattr(config, name)
+        for name in path:
+            config, value = value, value[name] if isinstance(value, dict) else getattr(value, name)
     except (AttributeError, KeyError, TypeError):
         sys.exit(f"{SCRIPT}: {override} is no setting of {task}")
-    return config, name
-
-
-def get_setting(task, config, override):
-    """The value of the setting an override is for."""
-    config, name = find_setting(task, config, override)
-    return config[name] if isinstance(config, dict) else getattr(config, name)
+    return config, path[-1], value
 
 
 def check_type(override, old, new):
@@ -233,10 +230,10 @@ def load_isaaclab(args, launched):
         env_cfg, rl_cfg = resolve_task_config(args.task, "rsl_rl_cfg_entry_point", overrides=presets)
         # Isaac Lab would take an override of no setting, or text for a number, without a word.
         others = [override for override in args.overrides if override not in presets]
-        old = [get_setting(args.task, {"env": env_cfg, "agent": rl_cfg}, override) for override in others]
+        old = [find_setting(args.task, {"env": env_cfg, "agent": rl_cfg}, override)[-1] for override in others]
         env_cfg, rl_cfg = resolve_task_config(args.task, "rsl_rl_cfg_entry_point", overrides=list(args.overrides))
         for override, value in zip(others, old):
-            check_type(override, value, get_setting(args.task, {"env": env_cfg, "agent": rl_cfg}, override))
+            check_type(override, value, find_setting(args.task, {"env": env_cfg, "agent": rl_cfg}, override)[-1])
     except (ValueError, TypeError, KeyError) as error:
         sys.exit(f"{SCRIPT}: {args.task} can't take {' '.join(args.overrides)}: {str(error).splitlines()[0]}")
     if isinstance(env_cfg, DirectMARLEnvCfg):
@@ -279,10 +276,10 @@ def load_mjlab(args, launched):
     env_cfg = load_env_cfg(args.task)
     env_cfg.scene.num_envs, env_cfg.seed = args.num_envs, args.seed + RANK
     for override in args.overrides:
-        target, name = find_setting(args.task, {"env": env_cfg}, override)
-        old, value = get_setting(args.task, {"env": env_cfg}, override), override.split("=", 1)[1]
+        target, name, old = find_setting(args.task, {"env": env_cfg}, override)
+        value = override.split("=", 1)[1]
         try:
-            value = value if isinstance(old, str) else json.loads(value.lower())
+            value = value if isinstance(old, str) else json.loads({"True": "true", "False": "false"}.get(value, value))
             value = tuple(value) if isinstance(old, tuple) else value
         except (TypeError, ValueError):
             sys.exit(f"{SCRIPT}: {override}: no value for a setting that is {old} now")
@@ -436,10 +433,6 @@ class Agent(nn.Module):
         """The actor's parameters and the critic's."""
         return [*self.actor.parameters(), self.actor_logstd], list(self.critic.parameters())
 
-    def distribution(self, obs):
-        """Observations (B, D) → means (B, A), log σ (A,)"""
-        return self.actor(obs), self.actor_logstd
-
     def get_value(self, obs):
         """V(s): critic's observations (..., D) → (...)"""
         return self.critic(self.critic_normalize(obs))[..., 0]
@@ -544,18 +537,12 @@ def clipped_value_loss(values, old_values, returns, clip_coef):
 def loss_coefficients(args):
     """Weights of the terms that `minibatch_losses` returns, in its order; the KL is there for the learning rate."""
     median_coef = args.median_coef * args.use_median * (args.loss == "bpo")
-    return {
-        "policy_loss": 1.0,
-        "value_loss": 2 * args.vf_coef,
-        "median_loss": median_coef,
-        "entropy": -args.ent_coef,
-        "kl": 0.0,
-    }
+    return {"policy_loss": 1.0, "value_loss": 2 * args.vf_coef, "median_loss": median_coef, "entropy": -args.ent_coef, "kl": 0}
 
 
 def minibatch_losses(agent, batch, old_logstd, args):
     """Policy, value and median loss, entropy and KL(π₀‖π) on a minibatch of `update`'s batch: five scalars."""
-    means, logstd = agent.distribution(batch["obs"])
+    means, logstd = agent.actor(batch["obs"]), agent.actor_logstd
     ratio = torch.exp(log_prob(batch["actions"], means, logstd) - batch["logprobs"])
     values, median_values = agent.get_values(batch["critic_obs"])
     if args.loss == "ppo":
@@ -628,7 +615,7 @@ def update(agent, optimizer, batch, args, reevaluate=None):
 @torch.no_grad()
 def ratio_metrics(agent, batch, args):
     """What an update did to the ratios of its rollout: estimates of KL(π₀‖π), share outside the band."""
-    logratio = log_prob(batch["actions"], *agent.distribution(batch["obs"])) - batch["logprobs"]
+    logratio = log_prob(batch["actions"], agent.actor(batch["obs"]), agent.actor_logstd) - batch["logprobs"]
     ratio = logratio.exp()
     return {
         "old_approx_kl": -logratio.mean(),
@@ -737,7 +724,7 @@ def export_policy(agent, run_dir):
 
 @torch.no_grad()
 def evaluate(agent, envs, args, run_dir):
-    """Plays the first episode of every environment with mean actions; prints and returns their returns."""
+    """Plays the first episode of every environment with mean actions; prints their mean return and length."""
     obs, _ = envs.reset()
     returns, over = torch.zeros(envs.num_envs, device=obs.device), torch.zeros(envs.num_envs, dtype=bool, device=obs.device)
     lengths, frames = torch.zeros_like(returns), []
@@ -755,7 +742,6 @@ def evaluate(agent, envs, args, run_dir):
 
         (run_dir / "videos").mkdir(exist_ok=True)
         imageio.mimwrite(run_dir / "videos" / "eval.mp4", frames, fps=round(1 / envs.env.step_dt), macro_block_size=1)
-    return returns
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -764,10 +750,8 @@ def evaluate(agent, envs, args, run_dir):
 def train(args):
     """Trains, evaluates, exports and draws the learning curve; returns the run folder."""
     checkpoint = load_checkpoint(args.resume) if args.resume else None
-    if checkpoint:
-        args = replace(checkpoint["args"], resume=args.resume, device=args.device or checkpoint["args"].device)
-    else:
-        args = replace(args, device=args.device or best_device())
+    settings = checkpoint["args"] if checkpoint else args
+    args = replace(settings, resume=args.resume, device=args.device or settings.device or best_device())
     if WORLD_SIZE > 1:
         cuda = args.device.startswith("cuda")
         args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device)
@@ -816,7 +800,7 @@ def train_in(envs, args, checkpoint, run_dir, first):
 
     handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     obs, critic_obs = envs.reset(envs.random_start)
-    envs.env.unwrapped.common_step_counter = state["curriculum"]  # what a task's curriculum goes by, with levels drawn at 0
+    envs.env.unwrapped.common_step_counter = state["curriculum"]  # curricula go by it; the reset above drew levels at 0
     agent = Agent(obs.shape[1], critic_obs.shape[1], envs.num_actions, args).to(args.device)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
@@ -832,7 +816,7 @@ def train_in(envs, args, checkpoint, run_dir, first):
         optimizer.param_groups[0]["lr"] = learning_rate.copy_(optimizer.param_groups[0]["lr"])
         if first:
             print("a simulation can't be saved: new episodes begin")
-            if (before := state.get("world_size", WORLD_SIZE)) != WORLD_SIZE:
+            if (before := state["world_size"]) != WORLD_SIZE:
                 print(f"before there were {before} processes, now {WORLD_SIZE}: batches change with them")
 
     def save():
@@ -860,8 +844,8 @@ def train_in(envs, args, checkpoint, run_dir, first):
         ended, metric_sums, metric_counts = torch.zeros(3, device=args.device), Counter(), Counter()
         with torch.no_grad():
             for step in range(args.num_steps):
-                means, logstd = agent.distribution(obs)
-                actions = means + torch.randn_like(means) * logstd.exp()
+                means = agent.actor(obs)
+                actions = means + torch.randn_like(means) * agent.actor_logstd.exp()
                 steps["obs"][step], rollout["obs"][step] = obs, critic_obs
                 steps["actions"][step], steps["means"][step] = actions, means
                 obs, critic_obs, final_obs, rewards, terminations, truncations, log = envs.step(actions)

@@ -110,11 +110,8 @@ def check_loss_args(args):
 # Environment ----------------------------------------------------------------------------------------------------------
 
 
-# The wrappers within which a simulator can be saved: they have no state, or one that is saved with it.
-STATELESS = (
-    gym.wrappers.FlattenObservation, gym.wrappers.RecordVideo, gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing,
-    gym.wrappers.PassiveEnvChecker,
-)  # fmt: skip
+# The wrappers within which a simulator can be saved: later steps depend on no state of theirs, or on one that is saved with it.
+STATELESS = (gym.wrappers.FlattenObservation, gym.wrappers.RecordVideo, gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing)
 
 
 class Task(gym.Wrapper):
@@ -520,7 +517,7 @@ def evaluate(weights, args, run_dir):
     agent.load_state_dict(weights)
     policy, returns = agent.numpy_policy(), []
     for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=args.seed + 1_000_000 + episode)
+        obs, _ = env.reset(seed=args.seed + 1_050_000 + episode)  # no training seeds
         returns.append(0.0)
         done = False
         while not done:
@@ -597,7 +594,6 @@ def train(args):
     envs = make_envs(args, run_dir)
     next_obs, _ = envs.reset(seed=[args.seed + 100_000 * i for i in range(args.num_envs)])
     obs_dim, action_dim = next_obs.shape[1], math.prod(envs.single_action_space.shape)
-    low, high = (bound.reshape(args.num_envs, action_dim) for bound in (envs.action_space.low, envs.action_space.high))
     agent = Agent(obs_dim, action_dim, args)
     optimizer = torch.optim.Adam([flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
     gradient_function = backpropagate
@@ -624,7 +620,7 @@ def train(args):
 
     def save():
         state = {"iteration": iteration, "seconds": time.time() - start_time, "csv_size": csv_size,
-                 "simulators": list(envs.get_attr("simulator_state")),
+                 "simulators": envs.get_attr("simulator_state"),
                  "episodes": (next_obs, episode_return, episode_length, discounted)}  # fmt: skip
         save_checkpoint(run_dir, {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "state": state,
                                   "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()})  # fmt: skip
@@ -651,7 +647,7 @@ def train(args):
         for step in range(args.num_steps):
             obs[step] = next_obs
             actions[step] = action = policy(next_obs) + noise[step]
-            clipped_actions = action.clip(low, high).reshape(envs.action_space.shape)
+            clipped_actions = action.reshape(envs.action_space.shape).clip(envs.action_space.low, envs.action_space.high)
             next_obs, rewards[step], terminations[step], truncations[step], infos = envs.step(clipped_actions)
             final_obs[step] = next_obs
             discounted_returns[step] = discounted = args.gamma * discounted + rewards[step]

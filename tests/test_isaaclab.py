@@ -1,5 +1,6 @@
 """bpo_isaaclab.py: its pieces and its loop on a small stand-in, then the real Isaac Lab and mjlab where they are installed."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -337,6 +338,7 @@ else:
         (["--task", "Isaac-Ant", "presets=nonsense"], "nonsense"),
         (["--task", "Isaac-Ant", "env.episode_length_s=abc"], "env.episode_length_s=abc"),
         (["--task", "Isaac-Ant", "env.scene.num_envs=7"], "--num-envs"),
+        (["--task", "Isaac-Ant", "agent.algorithm.clip_param=0.2"], "--epsilon"),
         (["--task", "Isaac-Shadow-Handover-Direct"], "several agents"),
         (["--task", "Isaac-Ant", "--device", "cpu", "--num-envs", "2", "physics=physx"], "can't be made with physics=physx"),
     ]
@@ -497,6 +499,22 @@ def test_mjlab_trains(task, num_envs, tmp_path):
     assert math.isfinite(score(run_real(tmp_path, *flags, "--total-timesteps", num_envs * 4 * 2)))
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert (run_dir / "exported" / "policy.pt").exists()
+
+
+def test_mjlab_s_settings_are_overridden_by_values_of_their_kind(monkeypatch):
+    if importlib.util.find_spec("mjlab") is None:
+        pytest.skip("mjlab is not installed (pip install -r requirements-mjlab.txt)")
+    import mjlab.envs
+
+    monkeypatch.setattr(mjlab.envs, "ManagerBasedRlEnv", lambda cfg, **_: SimpleNamespace(cfg=cfg, close=None))
+    sites = "env.rewards.foot_slip.params.asset_cfg.site_names"
+    overrides = (f'{sites}=["FR", "FL"]', "env.episode_length_s=3", "env.auto_reset=False")
+    args = bpo.Args(task="Mjlab-Velocity-Flat-Unitree-Go1", overrides=overrides, device="cpu")
+    with contextlib.ExitStack() as launched:
+        cfg = bpo.load_mjlab(args, launched)[1]().cfg
+        launched.pop_all()
+    assert cfg.rewards["foot_slip"].params["asset_cfg"].site_names == ("FR", "FL")
+    assert cfg.episode_length_s == 3 and cfg.auto_reset is False
 
 
 def test_mjlab_is_filmed_without_a_screen(tmp_path):
