@@ -333,7 +333,8 @@ def main():
         if not (0 < args.epsilon < 1 and args.temperature > 0):
             raise ValueError(f"ε = {args.epsilon} must be between 0 and 1, λ = {args.temperature} positive")
         if not (0 < args.gamma < 1 and args.iterations > 1 and args.num_states > 1 and args.num_actions > 1 and args.seed >= 0):
-            raise ValueError("the discount must be between 0 and 1, --iterations, --num-states, --num-actions at least 2")
+            raise ValueError("the discount must be between 0 and 1, --iterations, --num-states, --num-actions at least 2, "
+                             "--seed not negative")  # fmt: skip
         mdp = make_mdp(args)
     except ValueError as error:
         sys.exit(f"brrl_tabular: {error}")

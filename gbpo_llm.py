@@ -99,7 +99,7 @@ class Args:
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: slower, in less memory
     tokens_per_microbatch: int = 4096  # tokens in one backward pass, the rest is accumulated; lower it if memory is short
     answers_at_a_time: int = 256  # answers sampled together; lower it if memory is short
-    row_tokens: int = 1024  # answers share their question's computation in rows as long; 0: each has a row, as any model takes
+    row_tokens: int = 1024  # answers share their question's computation in rows as long; 0: a row for each, for any model
 
     eval_prompts: int = 200  # held-out questions of the evaluation before and after, and of --evaluate
     eval_samples: int = 4  # answers sampled to each, beside the greedy one; 0: none
@@ -515,8 +515,7 @@ class Policy(nn.Module):
             logprobs = (logits / (temperature or 1)).log_softmax(-1)
             probabilities = logprobs.exp()
             entropies.append(-(probabilities * logprobs).sum(-1))
-            likeliest = logprobs.argmax(-1, keepdim=True)
-            tokens = torch.multinomial(probabilities, 1, generator=generator) if temperature else likeliest
+            tokens = torch.multinomial(probabilities, 1, generator=generator) if temperature else logprobs.argmax(-1, True)
             answers[alive, step] = tokens[:, 0]
             unfinished = (~torch.isin(tokens[:, 0], self.ends)).nonzero()[:, 0]
             if not len(unfinished):
@@ -846,7 +845,7 @@ def generate_all(policy, prompts, group_size, temperature, generator, args):
         generated, entropy = policy("generate", [prompts[i] for i in chunk], group_size, temperature, generator)
         for k, i in enumerate(chunk):
             answers[i * group_size : (i + 1) * group_size] = generated[k * group_size : (k + 1) * group_size]
-        entropies.append(entropy)
+        entropies += [entropy] * len(chunk)
     for module in layers:
         module.set_reshard_after_forward(True, recurse=False)
         module.reshard()
@@ -979,14 +978,13 @@ def train(args):
             return first_model("logprobs", rows)
 
     if not state:
-        state = {"args": asdict(args), "processes": world, "batch": 0, "seconds": 0.0, "csv_size": 0, "evaluations": {}}
+        state = {"processes": world, "batch": 0, "seconds": 0.0, "csv_size": 0, "evaluations": {}}
         if main_process:
             run_dir = new_run_dir(args)
             (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2))
             (run_dir / "episodes.csv").write_text("step,return,length,wall_time\n")
             state["csv_size"] = (run_dir / "episodes.csv").stat().st_size
-    else:
-        state["args"] = asdict(args)
+    state["args"] = asdict(args)
     start_time = time.time() - state["seconds"]
     if main_process:
         trained = trained_parameters(own_policy).values()
@@ -1061,7 +1059,8 @@ def train(args):
             shuffle = sampling_generator("cpu", args.seed, 2, state["batch"], rank)
             metrics = update(policy, reference, optimizer, prompts, answers, batch, args, accelerator, shuffle)
         except FloatingPointError as error:
-            sys.exit(f"{SCRIPT}: stopped at batch {state['batch'] + 1}: {error}. {run_dir} keeps the last good checkpoint")
+            message = f"{SCRIPT}: stopped at batch {state['batch'] + 1}: {error}. {run_dir} keeps the last good checkpoint"
+            sys.exit(message if main_process else 1)
         state["batch"] += 1
 
         # Log and save. A full disk costs records, never the training.
@@ -1085,7 +1084,6 @@ def train(args):
             if (state["batch"] - 1) % args.sample_every == 0:
                 shown = f"{tokenizer.decode(prompts[0])[-300:]!r} → {texts[0][:300]!r}"
                 tqdm.write(f"batch {state['batch']}: {shown}, reward {rewards[0, 0]:.2f}")
-        if main_process:
             with disk_errors_shown():
                 state["csv_size"] = append_episodes(run_dir / "episodes.csv", state["csv_size"], rows)
                 rows.clear()
@@ -1103,7 +1101,8 @@ def train(args):
         signal.signal(signum, handler)
     if stopping:
         if main_process:
-            print(f"stopped after batch {state['batch']}; to go on: python {SCRIPT}.py --resume {run_dir}")
+            program = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
+            print(f"stopped after batch {state['batch']}; to go on: {program} {SCRIPT}.py --resume {run_dir}")
         sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
     if str(args.total_batches) not in state["evaluations"]:
         evaluate_now()

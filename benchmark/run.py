@@ -2,8 +2,9 @@
 
     python benchmark/run.py benchmark/mujoco.toml benchmark/paper.toml --arms bpo ppo bpo-paper --jobs 2 --time-limit 150m
 
-Interrupt it at will, or let the time limit do so: finished runs are never repeated, and unfinished ones are resumed. A cluster
-shares a matrix out by `--shard 1/4` … `--shard 4/4`. The matrix is a TOML file:
+Interrupt it at will, or let the time limit do so: finished runs are never repeated, and unfinished ones are resumed, or
+begin anew where a script leaves no checkpoint. A cluster shares a matrix out by `--shard 1/4` … `--shard 4/4`. The matrix is a
+TOML file:
 
     total_timesteps = 300_000
     seeds = [1, 2, 3]
@@ -14,7 +15,7 @@ shares a matrix out by `--shard 1/4` … `--shard 4/4`. The matrix is a TOML fil
 
 Each CSV file, benchmark/results/<matrix>/<arm>__<task>__<seed>.csv, has a comment line with command, versions, processor, GPUs
 and commit, and then, for each hundredth of the run in which an episode ended, the mean return of those episodes and the means
-of approx_kl and clipfrac, where the script logs them to TensorBoard.
+of approx_kl and clipfrac, where the script logs them to TensorBoard; of gbpo_llm.py the evaluations too.
 """
 
 import csv
@@ -151,9 +152,10 @@ def write_result(run):
     for name, values in columns.items():
         for step, value in values:
             buckets[name][min(step * BUCKETS // run.total_timesteps, BUCKETS - 1)].append(value)
+    started_at = (run.folder / "commit.txt").read_text()
     packages = " ".join(f"{name}=={version(name)}" for name in PACKAGES if find_spec(name))
     lines = [
-        f"# python {shlex.join(run.flags)} | python=={platform.python_version()} {packages} | {processor()}{gpus()}{commit()}",
+        f"# python {shlex.join(run.flags)} | python=={platform.python_version()} {packages} | {processor()}{gpus()}{started_at}",
         "step,return,episodes," + ",".join(list(columns)[1:]),
     ]
     digits = 4 if len(columns) > 1 + len(METRICS) else 2  # rewards of language models lie between 0 and 1
@@ -190,6 +192,7 @@ def start(run):
         log.close()
         return None
     (run.folder / "flags.txt").write_text(shlex.join(run.flags))
+    (run.folder / "commit.txt").write_text(commit())
     environment, locks = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}, [log]
     pin = None
     for core in sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else ():

@@ -4,10 +4,10 @@
     python benchmark/throughput_llm.py                   questions as long as the answers, and ten times longer
     python benchmark/throughput_llm.py --lora-rank 16    the same with adapters
 
-The same model (SmolLM2-135M), questions, group size, answer tokens (the end token is forbidden, so that all answers have as
-many), epochs, one optimizer step an epoch, and a reward that differs within each group. The programs run in turn; a figure
-is the median over rounds of answer tokens × epochs per second of a whole batch: answers, rewards and update. TRL is spared
-what ours does not compute either: no reference model, no completions in the log.
+The same model (SmolLM2-135M), questions, group size, answer tokens (no token ends an answer, so that all have as many), epochs,
+one optimizer step an epoch, and a reward that differs within each group. The programs run in turn; a figure is the median over
+rounds of answer tokens × epochs per second of a whole batch: answers, rewards and update. TRL is spared what ours does not
+compute either: no reference model, no completions in the log.
 """
 
 import json
@@ -78,6 +78,7 @@ def ours(args):
     task = gbpo.Task([], [], None)
     gbpo.load_task, gbpo.load_model = lambda _: task, load
     gbpo.end_tokens = lambda *_: torch.tensor([-1])
+    gbpo.check_rows = lambda *_: None  # it shows the model an end token
     gbpo.tokenize_prompts = lambda examples, shots, model, tokenizer, _: tokenizer([e["prompt"] for e in examples]).input_ids
     gbpo.group_rewards = lambda texts, *_: [reward(text) + 0.01 * i for i, text in enumerate(texts)]
     gbpo.evaluate = lambda *_: {"pass@1": 0.0, "pass@1_error": 0.0}
