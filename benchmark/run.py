@@ -152,10 +152,10 @@ def write_result(run):
     for name, values in columns.items():
         for step, value in values:
             buckets[name][min(step * BUCKETS // run.total_timesteps, BUCKETS - 1)].append(value)
-    started_at = (run.folder / "commit.txt").read_text()
+    began = (run.folder / "commit.txt").read_text()
     packages = " ".join(f"{name}=={version(name)}" for name in PACKAGES if find_spec(name))
     lines = [
-        f"# python {shlex.join(run.flags)} | python=={platform.python_version()} {packages} | {processor()}{gpus()}{started_at}",
+        f"# python {shlex.join(run.flags)} | python=={platform.python_version()} {packages} | {processor()}{gpus()}{began}",
         "step,return,episodes," + ",".join(list(columns)[1:]),
     ]
     digits = 4 if len(columns) > 1 + len(METRICS) else 2  # rewards of language models lie between 0 and 1
