@@ -843,9 +843,10 @@ def train_in(envs, args, checkpoint, run_dir, first):
         # Rollout. All stays on the device; what the episodes that end have come to is summed there.
         ended, metric_sums, metric_counts = torch.zeros(3, device=args.device), Counter(), Counter()
         with torch.no_grad():
+            std = agent.actor_logstd.exp()
             for step in range(args.num_steps):
                 means = agent.actor(obs)
-                actions = means + torch.randn_like(means) * agent.actor_logstd.exp()
+                actions = means + torch.randn_like(means) * std
                 steps["obs"][step], rollout["obs"][step] = obs, critic_obs
                 steps["actions"][step], steps["means"][step] = actions, means
                 obs, critic_obs, final_obs, rewards, terminations, truncations, log = envs.step(actions)

@@ -66,6 +66,24 @@ def test_a_matrix_is_resumed_after_its_time_limit_and_reported(repository):
     assert "| Pendulum-v1 | -" in report.stdout and (repository / "short.png").stat().st_size > 10_000
 
 
+def test_a_result_names_the_commit_at_which_its_run_began(repository):
+    def git(*command):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=b", *command]
+        return subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "before")
+    before = git("rev-parse", "--short", "HEAD")
+    process = subprocess.Popen([sys.executable, "benchmark/run.py", "short.toml", "--arms", "small"], cwd=repository)
+    while not list(repository.glob("benchmark/scratch/short/small*/runs/*/episodes.csv")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    git("commit", "-q", "--allow-empty", "-m", "after")
+    assert process.wait() == 0
+    result = repository / "benchmark/results/short/small__Pendulum-v1__1.csv"
+    assert result.read_text().splitlines()[0].endswith(f"| commit {before}")
+
+
 def test_a_run_at_work_elsewhere_is_left_alone(repository):
     first = subprocess.Popen([sys.executable, "benchmark/run.py", "short.toml", "--arms", "small"], cwd=repository, text=True,
                              stdout=subprocess.PIPE)  # fmt: skip
