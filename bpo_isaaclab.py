@@ -475,7 +475,8 @@ def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
 
         δ_t = r_t + γ·(1 − terminated_t)·V(s_{t+1}) − V(s_t),   A_t = δ_t + γλ·(1 − done_t)·A_{t+1}
     """
-    advantages = rewards + gamma * (1 - terminations) * next_values - values  # δ_t, the first term of the sum A_t
+    next_values = torch.where(terminations > 0, 0.0, next_values)  # what follows a termination may be anything, NaN too
+    advantages = rewards + gamma * next_values - values  # δ_t, the first term of the sum A_t
     decays = gamma * gae_lambda * (1 - dones)
     span = 1
     while span < len(advantages):  # each round doubles the terms summed, far fewer operations than a loop over the steps
