@@ -14,17 +14,26 @@ Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
     python bpo_continuous.py --env-id Humanoid-v4 --preset paper    the same with the authors' hyperparameters for this task
     python bpo_continuous.py --resume runs/<run>                    goes on with an interrupted run, to the very same weights
     python bpo_continuous.py --evaluate runs/<run> --capture-video  plays and films what was learned
+
+    agent = load_agent("runs/<run>")                                the trained policy in Python
+    action = agent.act(obs)                                         its mean action, for observations as the task gives them
 """
 
 import contextlib
 import difflib
+import importlib.metadata
 import io
 import json
 import math
+import multiprocessing.connection
 import os
+import platform
 import random
+import re
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
@@ -51,8 +60,9 @@ gym.logger.min_level = gym.logger.ERROR  # the paper's tasks are v4, which gymna
 class Args:
     env_id: str = "HalfCheetah-v4"  # gymnasium id of the task
     preset: Literal["default", "paper"] = "default"  # hyperparameters: one set for all tasks, or the authors' for this task
+    exp_name: str = SCRIPT  # the run folder's name has it
     seed: int = 1  # seed of networks, policy noise and environments
-    total_timesteps: int = 1_000_000  # environment steps in all
+    total_timesteps: int = 1_000_000  # environment steps in all; the authors train for 40 million, Humanoid for 50 million
     num_envs: int = 1  # parallel environments
     async_envs: bool = False  # a process for each environment: for simulators slower than MuJoCo's tasks
     num_threads: int = 1  # CPU threads of the networks; at these sizes one is fastest
@@ -82,31 +92,54 @@ class Args:
     hidden_size: int = 64  # width of the two hidden layers
     activation: Literal["tanh", "relu"] = "tanh"  # activation of the hidden layers
     log_std_init: float = -0.7  # log σ of the first policy
+    actor_gain: float = 0.0  # of the actor's last layer at the start; 0: the first policy is N(0, σ²) everywhere; authors: 0.01
+    rescale_actions: bool = False  # the policy's [−1, 1] is the task's whole range of actions, as gymnasium's RescaleAction
 
     checkpoint_every: int = 10  # iterations between checkpoints
-    eval_episodes: int = 10  # episodes played without noise at the end
+    eval_every: int = 0  # iterations between evaluations while training, whose best policy is kept as best.pt; 0: none
+    eval_episodes: int = 10  # episodes of an evaluation, played without noise
     capture_video: bool = False  # film episodes 0, 1, 8, 27, … as mp4 into the run folder
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "brrl"  # wandb project
     wandb_entity: str | None = None  # wandb team
-    resume: str | None = None  # run folder to go on with, under its own configuration; takes no other flag
-    evaluate: str | None = None  # run folder whose policy is played; nothing is trained
+    resume: str | None = None  # run folder to go on with, under its own configuration; --total-timesteps may extend it
+    evaluate: str | None = None  # run folder, or a checkpoint in it, whose policy is played; nothing is trained
 
+
+PACKAGES = ("gymnasium", "mujoco")  # config.json has their versions
+
+# What stands here for the flags of CleanRL that are missing.
+CLEANRL = {
+    "clip_coef": "the half-width ε of BPO's band is --epsilon",
+    "clip_vloss": "BPO does not clip values",
+    "cuda": "networks of this size are fastest on a CPU, and run there",
+    "hf_entity": "nothing is uploaded",
+    "save_model": "each run saves its model; load_agent(run folder) loads it",
+    "target_kl": "all --update-epochs are run; losses/approx_kl has the KL",
+    "torch_deterministic": "the same seed gives the same weights on a CPU, always",
+    "upload_model": "nothing is uploaded",
+}
 
 # The authors' hyperparameters. Their value loss is (R̂−V)², ours ½(R̂−V)² as CleanRL's, hence twice their vf_coef.
 PAPER_ALL = dict(num_steps=2048, num_minibatches=32, hidden_size=256, activation="relu", log_std_init=0.0, norm_obs=False,
                  norm_reward=False, norm_adv=False, learning_rate=3e-4, anneal_lr=False, ent_coef=0.0, max_grad_norm=1.0,
-                 vf_coef=1.0, median_head="separate", median_temperature=1.0)  # fmt: skip
+                 vf_coef=1.0, median_head="separate", median_temperature=1.0, actor_gain=0.01)  # fmt: skip
 PAPER = {
     "Ant": dict(num_minibatches=8, learning_rate=1e-4),
     "HalfCheetah": dict(num_steps=512, num_minibatches=8, learning_rate=2.0633e-5, update_epochs=20, epsilon=0.1, gamma=0.98,
-                        gae_lambda=0.92, ent_coef=4.0e-4, vf_coef=2 * 0.581),
+                        gae_lambda=0.92, ent_coef=0.000401762, vf_coef=2 * 0.58096),
     "Hopper": dict(num_envs=4, num_steps=512, num_minibatches=64, learning_rate=9.808e-5, epsilon=0.25, temperature=10.0,
                    gamma=0.999),
     "Humanoid": dict(num_steps=512, num_minibatches=4, learning_rate=1e-4, update_epochs=5, epsilon=0.2, max_grad_norm=2.0),
     "Swimmer": dict(num_envs=4, num_steps=1024, num_minibatches=16, epsilon=0.1, temperature=0.01, gamma=0.9999,
                     gae_lambda=0.98),
 }  # fmt: skip
+
+
+def paper_settings(task, args):
+    """The authors' hyperparameters for a task, as a dict. Their ablation of the median has another λ on Humanoid."""
+    mean_on_humanoid = task == "Humanoid" and not args.use_median
+    return PAPER_ALL | PAPER[task] | ({"temperature": 0.01} if mean_on_humanoid else {})
 
 
 def check_loss_args(args):
@@ -128,7 +161,8 @@ class Task(gym.Wrapper):
     """A task without its infos, which cost a vector environment time, and with a simulator that can be saved."""
 
     def step(self, action):
-        return *self.env.step(action)[:4], {}
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        return obs, reward.item() if isinstance(reward, np.ndarray) else reward, terminated, truncated, {}
 
     def reset(self, **kwargs):
         return self.env.reset(**kwargs)[0], {}
@@ -181,11 +215,42 @@ class SyncEnvs(gym.vector.SyncVectorEnv):
         return self._observations, self._rewards, self._terminations, self._truncations, infos
 
 
+class AsyncEnvs(gym.vector.AsyncVectorEnv):
+    """gymnasium's AsyncVectorEnv, which waits for ever if a process fails or ends while another is at work."""
+
+    def step_wait(self, timeout=None):
+        waiting, results = dict(zip(self.parent_pipes, range(self.num_envs))), [None] * self.num_envs
+        try:
+            while waiting:
+                for pipe in multiprocessing.connection.wait(list(waiting)):
+                    result, success = pipe.recv()
+                    if not success:
+                        raise RuntimeError(f"an environment failed: {self.error_queue.get(timeout=5)[3].strip()}")
+                    results[waiting.pop(pipe)] = result
+        except BaseException as error:
+            for process in self.processes:
+                process.kill()
+            self.closed = True
+            if isinstance(error, EOFError):
+                raise RuntimeError("the process of an environment ended") from None
+            raise
+        self._state = gym.vector.async_vector_env.AsyncState.DEFAULT
+        _, rewards, terminations, truncations, infos = zip(*results)
+        final_obs = {i: info["final_obs"] for i, info in enumerate(infos) if info}
+        return self.observations, np.array(rewards), np.array(terminations), np.array(truncations), {"final_obs": final_obs}
+
+
+def show_warning(text):
+    """MuJoCo's warnings on the screen, not in a file; that the tasks' own models are of an older style helps nobody."""
+    if "settotalmass" not in text:
+        print(f"MuJoCo: {text}", file=sys.stderr)
+
+
 def make_env(env_id, video_folder=None, name_prefix="train"):
     """One environment with flat observations, filmed if there is a `video_folder`. Exits with a line on a wrong task."""
+    mujoco.set_mju_user_warning(show_warning)
     if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
         sys.exit(f"{SCRIPT}: {env_id} is an Atari game: use bpo_atari.py, for PPO with --loss ppo")
-    unfilmable = (TypeError,) if video_folder else ()  # of a task that has no render_mode
     if video_folder:
         import torch._dynamo  # noqa: F401  Adam needs it, and Triton in it crashes if a renderer's LLVM was loaded before
 
@@ -196,8 +261,8 @@ def make_env(env_id, video_folder=None, name_prefix="train"):
     except gym.error.UnregisteredEnv as error:
         matches = difflib.get_close_matches(env_id, gym.registry, cutoff=0.5)
         sys.exit(f"{SCRIPT}: no task {env_id!r}. " + (f"Close: {', '.join(matches)}" if matches else str(error)))
-    except (gym.error.Error, ImportError, *unfilmable) as error:
-        sys.exit(f"{SCRIPT}: {env_id} can't be made: {error}")
+    except Exception as error:  # whatever a task's own code raises
+        sys.exit(f"{SCRIPT}: {env_id} can't be made: {one_line(error)}")
     space = env.observation_space
     if not isinstance(env.action_space, gym.spaces.Box) or not np.issubdtype(env.action_space.dtype, np.floating):
         sys.exit(f"{SCRIPT}: {env_id}'s actions are {env.action_space}: this script is for continuous actions, a Box of reals")
@@ -211,11 +276,32 @@ def make_env(env_id, video_folder=None, name_prefix="train"):
     return Task(gym.wrappers.FlattenObservation(env))
 
 
+def try_env(args):
+    """Exits with a line, before there is a run folder, on a task that can't be played, or be filmed with --capture-video."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = make_env(args.env_id, folder if args.capture_video else None)
+        numbers = 2 * env.observation_space.shape[0] + math.prod(env.action_space.shape) + 4  # of a step
+        needed = 8 * numbers * args.num_envs * args.num_steps + 64 * args.hidden_size**2
+        needed += args.num_envs * 2**20  # a simulator takes about a megabyte
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+        if needed > memory:
+            sys.exit(f"{SCRIPT}: --num-envs {args.num_envs} × --num-steps {args.num_steps}, --hidden-size {args.hidden_size} "
+                     f"take {needed / 1e9:.0f} GB of memory, this machine has {memory / 1e9:.0f}")  # fmt: skip
+        if args.rescale_actions and not env.action_space.is_bounded():
+            sys.exit(f"{SCRIPT}: --rescale-actions: the actions of {args.env_id} have no bounds: {env.action_space}")
+        try:
+            env.reset(seed=args.seed)
+            env.close()  # which writes what was filmed
+        except Exception as error:  # each renderer fails in its own way
+            verb, hint = ("filmed", "; MUJOCO_GL=egl renders without a screen") if args.capture_video else ("played", "")
+            sys.exit(f"{SCRIPT}: {args.env_id} can't be {verb}: {one_line(error)}{hint}")
+
+
 def make_envs(args, run_dir):
     """`num_envs` environments that reset themselves in the step that ends an episode, so no transition crosses a reset."""
     folders = [run_dir / "videos" if args.capture_video and i == 0 else None for i in range(args.num_envs)]
     env_fns = [partial(make_env, args.env_id, folder, f"train-{int(time.time())}") for folder in folders]
-    vectorise = gym.vector.AsyncVectorEnv if args.async_envs else SyncEnvs
+    vectorise = AsyncEnvs if args.async_envs else SyncEnvs
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit it: Ctrl-C is the main one's to handle
     envs = vectorise(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     signal.signal(signal.SIGINT, handler)
@@ -237,11 +323,13 @@ class RunningMeanStd(nn.Module):
 
     def update(self, batch):
         """Takes in a batch (B, *shape)."""
+        batch = batch.double()
         total, delta = self.count + len(batch), batch.mean(0) - self.mean
         squares = self.var * self.count + batch.var(0, correction=0) * len(batch)
         self.var.copy_((squares + delta**2 * self.count * len(batch) / total) / total)
         self.mean.add_(delta * len(batch) / total)
-        self.scale.copy_((self.var + 1e-8).rsqrt())
+        constant = self.var <= (1e-12 * self.mean).square()  # but for rounding; its scale stays 1
+        self.scale.copy_(torch.where(constant, 1.0, self.var.rsqrt()))
         self.count.copy_(total)
 
 
@@ -251,10 +339,10 @@ def layer_init(layer, gain=2**0.5):
     return layer
 
 
-def hidden_layers(inputs, args):
+def hidden_layers(inputs, args, gain=2**0.5):
     activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[args.activation]
     first, second = nn.Linear(inputs, args.hidden_size), nn.Linear(args.hidden_size, args.hidden_size)
-    return nn.Sequential(layer_init(first), activation(), layer_init(second), activation())
+    return nn.Sequential(layer_init(first, gain), activation(), layer_init(second, gain), activation())
 
 
 class Agent(nn.Module):
@@ -262,15 +350,21 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        # A zero output layer makes the first policy N(0, σ²), whatever the observations and their normalisation.
-        self.actor_mean = hidden_layers(obs_dim, args).append(layer_init(nn.Linear(args.hidden_size, action_dim), 0.0))
+        output = layer_init(nn.Linear(args.hidden_size, action_dim), args.actor_gain)
+        self.actor_mean = hidden_layers(obs_dim, args).append(output)
         self.actor_logstd = nn.Parameter(torch.full((action_dim,), args.log_std_init))
         self.critic = hidden_layers(obs_dim, args)
         self.value_head = layer_init(nn.Linear(args.hidden_size, 2), 1.0)  # V and μ
         if args.median_head == "separate":
-            self.median_head = hidden_layers(args.hidden_size, args).append(layer_init(nn.Linear(args.hidden_size, 1), 1.0))
+            output = layer_init(nn.Linear(args.hidden_size, 1), 1.0)
+            self.median_head = hidden_layers(args.hidden_size, args, gain=1.0).append(output)
         self.obs_rms, self.return_rms = RunningMeanStd(obs_dim), RunningMeanStd()
         self.norm_obs, self.activation, self.mean_entropy = args.norm_obs, args.activation, args.mean_entropy
+        self.rescale_actions = args.rescale_actions
+        self.action_bounds = (
+            np.full(action_dim, -np.inf),
+            np.full(action_dim, np.inf),
+        )  # in the task's shape
 
     def normalize(self, obs):
         """Raw observations (..., D) → float32 inputs (..., D), in standard deviations clipped to ±10 with --norm-obs."""
@@ -295,6 +389,16 @@ class Agent(nn.Module):
             return x @ output[0] + output[1]
 
         return policy
+
+    def bound(self, actions):
+        """The policy's actions (..., A) → those the task takes (..., *its shape): within its bounds, arrays both."""
+        low, high = self.action_bounds
+        actions = actions.reshape(actions.shape[:-1] + low.shape)
+        return low + (actions.clip(-1, 1) + 1) / 2 * (high - low) if self.rescale_actions else actions.clip(low, high)
+
+    def act(self, obs):
+        """The mean action for raw, flat observations (D,), or the actions for (N, D), as the task takes them: an array."""
+        return self.bound(self.numpy_policy()(np.asarray(obs)))
 
     def log_prob(self, obs, actions):
         """log π(a|s): normalised observations (..., D), actions (..., A) → (...)"""
@@ -465,15 +569,59 @@ def update(agent, optimizer, batch, args, reevaluate=None, gradient_function=bac
 
 
 def new_run_dir(args):
-    """Makes runs/<env>__<script>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
+    """Makes runs/<env>__<exp_name>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
     stamp = int(time.time())
     Path("runs").mkdir(exist_ok=True)
     while True:
-        run_dir = Path("runs") / f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{stamp}"
+        run_dir = Path("runs") / re.sub("[/:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{stamp}")
         with contextlib.suppress(FileExistsError):
             run_dir.mkdir()
             return run_dir
         stamp += 1
+
+
+def write_config(run_dir, args):
+    """Writes config.json: the arguments, and the versions and the commit that they ran with."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", *PACKAGES)}
+    config = asdict(args) | {"versions": {"python": platform.python_version()} | versions, "commit": commit}
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def start_wandb(args, run_dir):
+    """Weights & Biases as in CleanRL: what TensorBoard gets, the code, the configuration; videos follow at the end."""
+    import wandb
+
+    name = run_dir.resolve().name
+    try:
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=name, id=name,
+                   resume="allow", dir=run_dir, sync_tensorboard=True, save_code=True)  # fmt: skip
+    except wandb.errors.Error as error:
+        sys.exit(f"{SCRIPT}: --track: {one_line(error)}")
+
+
+def finish(args, run_dir, writer, title):
+    """Draws the learning curve, names the videos, and hands them to wandb."""
+    with contextlib.suppress(OSError):
+        writer.close()
+    plot_learning_curve(run_dir, title)
+    print(f"learning curve: {run_dir / 'learning_curve.png'}")
+    videos = sorted(run_dir.glob("videos/*.mp4"))
+    for video in videos:
+        print(f"video: {video}")
+    if args.track:
+        import wandb
+
+        wandb.log({f"videos/{video.stem}": wandb.Video(str(video)) for video in videos})
+        wandb.finish()
+
+
+def one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def convert(tree, types, function):
@@ -485,8 +633,8 @@ def convert(tree, types, function):
     return function(tree) if isinstance(tree, types) else tree
 
 
-def save_checkpoint(run_dir, checkpoint):
-    """Replaces the run's checkpoint, made of tensors and plain data, in one step: at any instant a whole one is there."""
+def save_checkpoint(run_dir, checkpoint, name="checkpoint.pt"):
+    """Replaces a run's checkpoint, made of tensors and plain data, in one step: at any instant a whole one is there."""
     buffer, temporary = io.BytesIO(), run_dir / "checkpoint.tmp"
     torch.save(convert(checkpoint, np.ndarray | np.generic, lambda array: torch.from_numpy(np.array(array))), buffer)
     try:
@@ -496,15 +644,15 @@ def save_checkpoint(run_dir, checkpoint):
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, run_dir / "checkpoint.pt")
+        os.replace(temporary, run_dir / name)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
 
 
 def load_checkpoint(run_dir):
-    """The checkpoint of a run folder of this script; exits with a line if there is none."""
-    path = Path(run_dir) / "checkpoint.pt"
+    """The checkpoint of a run folder of this script, or that file itself; exits with a line if there is none."""
+    path = Path(run_dir) if Path(run_dir).is_file() else Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
         sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.pt")
     try:
@@ -514,6 +662,16 @@ def load_checkpoint(run_dir):
     except Exception as error:  # damage shows in many ways
         sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
     sys.exit(f"{SCRIPT}: {run_dir} is a run of {checkpoint['script']}.py")
+
+
+def load_agent(run_dir):
+    """The agent of a run folder, or of a checkpoint in it such as best.pt: `load_agent(run_dir).act(obs)`."""
+    checkpoint = load_checkpoint(run_dir)
+    weights = checkpoint["agent"]
+    agent = Agent(len(weights["obs_rms.mean"]), len(weights["actor_logstd"]), checkpoint["args"])
+    agent.load_state_dict(weights)
+    agent.action_bounds = tuple(bound.numpy() for bound in checkpoint["action_bounds"])
+    return agent
 
 
 def append_episodes(path, size, rows):
@@ -547,25 +705,27 @@ def plot_learning_curve(run_dir, title, unit="episode"):
     plt.close(figure)
 
 
-def evaluate(weights, args, run_dir):
-    """Plays `eval_episodes` episodes with the policy's mean actions; prints and returns their returns."""
-    env = make_env(args.env_id, run_dir / "videos" if args.capture_video else None, "eval")
-    if env.spec.max_episode_steps is None:
-        env = gym.wrappers.TimeLimit(env, 100_000)  # a good policy might never end an episode
-    agent = Agent(env.observation_space.shape[0], math.prod(env.action_space.shape), args)
-    agent.load_state_dict(weights)
-    policy, returns = agent.numpy_policy(), []
+def play(env, agent, args):
+    """Yields the returns of `eval_episodes` episodes played with the policy's mean actions."""
     for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=args.seed + 1_050_000 + episode)  # no training seeds
-        returns.append(0.0)
-        done = False
-        while not done:
-            action = policy(obs).reshape(env.action_space.shape).clip(env.action_space.low, env.action_space.high)
-            obs, reward, terminated, truncated, _ = env.step(action)
-            returns[-1] += float(reward)
-            done = terminated or truncated
+        policy, score = agent.numpy_policy(), 0.0
+        for _ in range(env.spec.max_episode_steps or 100_000):  # a good policy might never end an episode
+            obs, reward, terminated, truncated, _ = env.step(agent.bound(policy(obs)))
+            score += float(reward)
+            if terminated or truncated:
+                break
+        yield score
+
+
+def evaluate(agent, args, run_dir):
+    """Plays episodes with the policy's mean actions, filmed with --capture-video; prints and returns their returns."""
+    env = make_env(args.env_id, run_dir / "videos" if args.capture_video else None, "eval")
+    returns = []
+    for score in play(env, agent, args):
+        returns.append(score)
+        print(f"evaluation, episode {len(returns)} of {args.eval_episodes}: return {score:.1f}", flush=True)
     env.close()
-    print("returns:", *(f"{score:.1f}" for score in returns))
     print(f"evaluation: {np.mean(returns):.1f} ± {np.std(returns):.1f} (mean ± std of {len(returns)} episodes, mean actions)")
     return returns
 
@@ -575,10 +735,17 @@ def evaluate(weights, args, run_dir):
 
 def check_args(args):
     """Exits with a line on arguments that can't be."""
+    for name, value in asdict(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be a finite number")
     counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_size", "num_threads", "checkpoint_every")
     for name in (*counts, "eval_episodes"):
         if getattr(args, name) < 1:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
+    if args.num_threads > os.cpu_count():
+        sys.exit(f"{SCRIPT}: --num-threads {args.num_threads} must be at most {os.cpu_count()}, the cores of this machine")
+    if args.eval_every < 0:
+        sys.exit(f"{SCRIPT}: --eval-every must not be negative")
     if not 0 <= args.seed <= 10**9:
         sys.exit(f"{SCRIPT}: --seed must lie between 0 and 1,000,000,000")
     for name in ("learning_rate", "max_grad_norm"):
@@ -597,43 +764,54 @@ def check_args(args):
     check_loss_args(args)
 
 
-def train(args):
-    """Trains, evaluates and draws the learning curve; returns the run folder."""
+def warn_of_range(agent, args):
+    """Says so where the first policy, N(0, σ²), is far too narrow or too wide for the task's actions, or beside them."""
+    low, high = (bound.astype(float) for bound in agent.action_bounds)
+    sigma = math.exp(args.log_std_init)
+    share = (np.minimum(high, sigma) - np.maximum(low, -sigma)) / (high - low)  # of the range that lies within ±σ
+    narrow, wide = np.isfinite(high - low) & (share < 0.1), 2 * sigma > 10 * (high - low)
+    if not args.rescale_actions and (narrow | wide).any():
+        share = "less than a tenth of" if narrow.any() else "more than ten times"
+        print(f"the first policy, N(0, {sigma:.2g}²), covers {share} the range of the actions of {args.env_id}: see "
+              "--rescale-actions and --log-std-init")  # fmt: skip
+
+
+def train(args, total_timesteps=None):
+    """Trains, evaluates and draws the learning curve; returns the run folder.
+
+    With `args.resume` the run goes on under its own configuration, to its end or to `total_timesteps`.
+    """
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     if checkpoint:
         run_dir, args = Path(args.resume), checkpoint["args"]
-    else:
-        check_args(args)
-        make_env(args.env_id).close()  # a wrong task ends here, before there is a run folder
+        args = replace(args, total_timesteps=total_timesteps or args.total_timesteps)
+    check_args(args)
+    try_env(args)
+    if not checkpoint:
         run_dir = new_run_dir(args)
-        (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2))
         (run_dir / "episodes.csv").write_text("step,return,length,wall_time\n")
+    write_config(run_dir, args)
     print(f"run folder: {run_dir}", flush=True)
     if args.track:
-        import wandb
-
-        try:
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
-                       id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
-        except wandb.errors.Error as error:
-            sys.exit(f"{SCRIPT}: --track: {error}".splitlines()[0])
+        start_wandb(args, run_dir)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.num_threads)
     threadpool_limits(args.num_threads)  # numpy's
-    stopped_by = []
+    stopped_by, envs = [], make_envs(args, run_dir)
 
     def stop(signum, frame):
         stopped_by.append(signum)  # the iteration ends and is saved
         signal.signal(signum, signal.SIG_DFL)  # unless the signal comes again
 
     handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    envs = make_envs(args, run_dir)
     next_obs, _ = envs.reset(seed=[args.seed + 100_000 * i for i in range(args.num_envs)])
     obs_dim, action_dim = next_obs.shape[1], math.prod(envs.single_action_space.shape)
     agent = Agent(obs_dim, action_dim, args)
+    agent.action_bounds = envs.single_action_space.low, envs.single_action_space.high
+    warn_of_range(agent, args)
     optimizer = torch.optim.Adam([flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
     gradient_function = backpropagate
     if args.compile:
@@ -642,7 +820,7 @@ def train(args):
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
 
-    iteration, start_time, csv_size = 0, time.time(), (run_dir / "episodes.csv").stat().st_size
+    iteration, start_time, csv_size, best = 0, time.time(), (run_dir / "episodes.csv").stat().st_size, -math.inf
     episode_return, episode_length, discounted = np.zeros(args.num_envs), np.zeros(args.num_envs, int), np.zeros(args.num_envs)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
@@ -650,6 +828,12 @@ def train(args):
         torch.set_rng_state(checkpoint["torch_rng"])
         state = convert(checkpoint["state"], torch.Tensor, torch.Tensor.numpy)
         iteration, start_time, csv_size = state["iteration"], time.time() - state["seconds"], state["csv_size"]
+        best = state["best"]
+        if iteration > num_iterations:
+            sys.exit(f"{SCRIPT}: {run_dir} is at step {iteration * batch_size} already, beyond {args.total_timesteps}")
+        if total_timesteps and args.anneal_lr:
+            rate = args.learning_rate * (1 - iteration / num_iterations)
+            print(f"the learning rate now falls to 0 at step {args.total_timesteps:,}; here it is {rate:.3g}")
         if all(state["simulators"]):
             envs.set_attr("simulator_state", state["simulators"])
             next_obs, episode_return, episode_length, discounted = state["episodes"]
@@ -657,12 +841,16 @@ def train(args):
             next_obs, _ = envs.reset(seed=args.seed + iteration)
             print(f"the simulator of {args.env_id} can't be saved: new episodes begin")
 
+    def policy_state():
+        state = {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict()}
+        return state | {"action_bounds": agent.action_bounds}
+
     def save():
-        state = {"iteration": iteration, "seconds": time.time() - start_time, "csv_size": csv_size,
+        state = {"iteration": iteration, "seconds": time.time() - start_time, "csv_size": csv_size, "best": best,
                  "simulators": envs.get_attr("simulator_state"),
                  "episodes": (next_obs, episode_return, episode_length, discounted)}  # fmt: skip
-        save_checkpoint(run_dir, {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "state": state,
-                                  "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()})  # fmt: skip
+        save_checkpoint(run_dir, policy_state() | {"state": state, "optimizer": optimizer.state_dict(),
+                                                   "torch_rng": torch.get_rng_state()})  # fmt: skip
 
     if not checkpoint:
         save()
@@ -674,8 +862,11 @@ def train(args):
     rewards, discounted_returns = np.zeros(shape), np.zeros(shape)
     terminations, truncations = np.zeros(shape, bool), np.zeros(shape, bool)
     writer = SummaryWriter(run_dir, purge_step=iteration * batch_size + 1)
+    writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
+    eval_env = make_env(args.env_id) if args.eval_every else None
     unsaved, recent_returns, last = [], deque(maxlen=20), iteration == num_iterations
     progress = tqdm(total=num_iterations * batch_size, initial=iteration * batch_size, unit=" steps", disable=None)
+    next_line = time.time() + 60
 
     while not last:
         if args.anneal_lr:
@@ -686,8 +877,7 @@ def train(args):
         for step in range(args.num_steps):
             obs[step] = next_obs
             actions[step] = action = policy(next_obs) + noise[step]
-            clipped_actions = action.reshape(envs.action_space.shape).clip(envs.action_space.low, envs.action_space.high)
-            next_obs, rewards[step], terminations[step], truncations[step], infos = envs.step(clipped_actions)
+            next_obs, rewards[step], terminations[step], truncations[step], infos = envs.step(agent.bound(action))
             final_obs[step] = next_obs
             discounted_returns[step] = discounted = args.gamma * discounted + rewards[step]
             episode_return += rewards[step]
@@ -701,15 +891,16 @@ def train(args):
         global_step = iteration * batch_size
 
         # Advantages and returns. The statistics of the observations stand still while a rollout is collected and learned
-        # from, so that π₀ is one policy; only the first rollout sets them beforehand, as its policy ignored its input.
-        if iteration == 1:
+        # from, so that π₀ is one policy; only the first rollout sets them beforehand, if its policy ignored its input.
+        first = iteration == 1 and args.actor_gain == 0
+        if first:
             agent.obs_rms.update(torch.from_numpy(obs).flatten(0, 1))
         agent.return_rms.update(torch.from_numpy(discounted_returns).flatten())
-        scaled_rewards = torch.from_numpy(rewards).float()
+        scaled_rewards = torch.from_numpy(rewards)
         if args.norm_reward:
-            scaled_rewards = (scaled_rewards * agent.return_rms.scale.float()).clamp(-10, 10)
+            scaled_rewards = (scaled_rewards * agent.return_rms.scale).clamp(-10, 10)
         rollout = {"obs": agent.normalize(torch.from_numpy(obs)), "next_obs": agent.normalize(torch.from_numpy(final_obs))}
-        rollout |= {"rewards": scaled_rewards, "terminations": torch.from_numpy(terminations).float()}
+        rollout |= {"rewards": scaled_rewards.float(), "terminations": torch.from_numpy(terminations).float()}
         rollout["dones"] = torch.from_numpy(terminations | truncations).float()
         batch = {"obs": rollout["obs"], "actions": torch.from_numpy(actions)}
         with torch.no_grad():
@@ -719,9 +910,9 @@ def train(args):
 
         try:
             metrics = update(agent, optimizer, batch, args, estimate if args.reevaluate else None, gradient_function)
-            if iteration > 1:
+            if not first:
                 agent.obs_rms.update(torch.from_numpy(obs).flatten(0, 1))
-            if not agent.obs_rms.scale.isfinite().all():
+            if not agent.obs_rms.var.isfinite().all():
                 raise FloatingPointError("an observation is not finite")
         except torch._dynamo.exc.TorchDynamoException as error:
             envs.close()
@@ -742,7 +933,14 @@ def train(args):
             for name, value in metrics.items():
                 writer.add_scalar(f"losses/{name}", value, global_step)
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-            writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
+            steps_per_second = global_step / (time.time() - start_time)
+            writer.add_scalar("charts/SPS", int(steps_per_second), global_step)
+            if args.eval_every and iteration % args.eval_every == 0:
+                score = float(np.mean(list(play(eval_env, agent, args))))
+                writer.add_scalar("eval/mean_return", score, global_step)
+                if score > best:
+                    best = score
+                    save_checkpoint(run_dir, policy_state() | {"step": global_step, "return": score}, "best.pt")
             writer.flush()
         except OSError:  # its thread has ended with it
             with contextlib.suppress(OSError):
@@ -754,49 +952,73 @@ def train(args):
                 save()
         except OSError as error:
             tqdm.write(f"{SCRIPT}: not saved at step {global_step}: {error}", file=sys.stderr)
-        progress.set_postfix({"return": f"{np.mean(recent_returns):.1f}" if recent_returns else "-"}, refresh=False)
+        recent = f"{np.mean(recent_returns):.1f}" if recent_returns else "-"
+        progress.set_postfix({"return": recent}, refresh=False)
         progress.update(batch_size)
+        if progress.disable and time.time() > next_line:
+            next_line = time.time() + 60
+            left = tqdm.format_interval((num_iterations * batch_size - global_step) / steps_per_second)
+            print(f"step {global_step:,}: return {recent}, {steps_per_second:.0f} steps/s, {left} left", flush=True)
 
     progress.close()
     envs.close()
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
+    title = f"{args.env_id}, {SCRIPT}, seed {args.seed}"
     if stopped_by:
+        finish(args, run_dir, writer, title)
         print(f"stopped at step {iteration * batch_size}; to go on: python {SCRIPT}.py --resume {run_dir}")
         sys.exit(128 + stopped_by[0])
-    scores = evaluate(agent.state_dict(), args, run_dir)
+    scores = evaluate(agent, args, run_dir)
     with contextlib.suppress(OSError):
         for episode, score in enumerate(scores):
             writer.add_scalar("eval/episodic_return", score, episode)
-        writer.close()
-    plot_learning_curve(run_dir, f"{args.env_id}, {SCRIPT}, seed {args.seed}")
-    print(f"learning curve: {run_dir / 'learning_curve.png'}")
+    finish(args, run_dir, writer, title)
     return run_dir
 
 
+def command_line():
+    """The arguments, and the names of the flags that were given. A whole number may be written as 1e6."""
+    whole = lambda match: match[1] + (str(int(float(match[2]))) if float(match[2]).is_integer() else match[2])  # noqa: E731
+    words = [re.sub(r"^(--[\w-]+=|)(\d+(?:\.\d+)?e\d+)$", whole, word, flags=re.IGNORECASE) for word in sys.argv[1:]]
+    given = {word.split("=")[0].strip("-").replace("-", "_").removeprefix("no_") for word in words if word.startswith("--")}
+    try:
+        return tyro.cli(Args, args=words), given
+    except SystemExit:
+        for name in sorted(given & CLEANRL.keys()):
+            print(f"{SCRIPT}: --{name.replace('_', '-')}: {CLEANRL[name]}", file=sys.stderr)
+        raise
+
+
 def main():
-    args = tyro.cli(Args)
+    args, given = command_line()
     if args.preset == "paper":
         task = args.env_id.split("-v")[0]
         if task not in PAPER:
             sys.exit(f"{SCRIPT}: --preset paper knows {', '.join(PAPER)}, not {args.env_id}")
-        args = tyro.cli(Args, default=Args(**{**PAPER_ALL, **PAPER[task]}))  # flags given beside the preset win
-    if args.resume and args != Args(resume=args.resume):
-        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag")
-    if args.evaluate:
-        played = dict(eval_episodes=args.eval_episodes, capture_video=args.capture_video)
-        if args != Args(evaluate=args.evaluate, **played):
-            sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-episodes and --capture-video")
+        settings = paper_settings(task, args)
+        args = replace(args, **{name: settings[name] for name in settings.keys() - given})  # flags given beside the preset win
+    if args.resume and given - {"resume", "total_timesteps"}:
+        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration; only --total-timesteps can be given beside it")
+    if args.evaluate and given - {"evaluate", "eval_episodes", "capture_video"}:
+        sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-episodes and --capture-video")
     try:
         if args.evaluate:
-            checkpoint = load_checkpoint(args.evaluate)
-            settings = replace(checkpoint["args"], **played)
+            path = Path(args.evaluate)
+            played = dict(eval_episodes=args.eval_episodes, capture_video=args.capture_video)
+            settings = replace(load_checkpoint(path)["args"], **played)
             check_args(settings)
-            evaluate(checkpoint["agent"], settings, Path(args.evaluate))
+            try_env(settings)
+            run_dir = path.parent if path.is_file() else path
+            evaluate(load_agent(path), settings, run_dir)
+            for video in sorted(run_dir.glob("videos/eval-*.mp4")) if args.capture_video else ():
+                print(f"video: {video}")
         else:
-            train(args)
+            train(args, args.total_timesteps if args.resume and "total_timesteps" in given else None)
     except gym.error.Error as error:  # such as a renderer that is not installed
         sys.exit(f"{SCRIPT}: {type(error).__name__}: {error}")
+    except MemoryError:
+        sys.exit(f"{SCRIPT}: out of memory: lower --num-steps, --num-envs or --hidden-size")
     except OSError as error:
         sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
 

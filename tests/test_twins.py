@@ -6,7 +6,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # What may differ between bpo_continuous.py and ppo_baseline.py: hyperparameters, loss and median critic.
-OWN = {"Args", "PAPER_ALL", "PAPER", "check_loss_args", "Agent", "loss_coefficients", "minibatch_losses", "ratio_metrics"}
+OWN = {
+    "Args",
+    "CLEANRL",
+    "PAPER_ALL",
+    "PAPER",
+    "paper_settings",
+    "check_loss_args",
+    "Agent",
+    "loss_coefficients",
+    "minibatch_losses",
+    "ratio_metrics",
+}
 SHARED_WITH_ATARI = {"gae", "target_ratio", "bpo_loss", "median_loss", "update", "flatten_parameters", "layer_init", "convert"}
 SHARED_WITH_ATARI |= {
     "SCRIPT",
