@@ -42,7 +42,6 @@ from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
@@ -51,6 +50,11 @@ import tyro
 from threadpoolctl import threadpool_limits
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+try:
+    import mujoco
+except Exception as error:  # MUJOCO_GL names a renderer that is not installed
+    sys.exit(f"{Path(__file__).stem}: mujoco can't be imported ({error}): unset the variable MUJOCO_GL, or set it to egl")
 
 SCRIPT = Path(__file__).stem
 gym.logger.min_level = gym.logger.ERROR  # the paper's tasks are v4, which gymnasium calls out of date at every start
@@ -596,10 +600,11 @@ def start_wandb(args, run_dir):
     """Weights & Biases as in CleanRL: what TensorBoard gets, the code, the configuration; videos follow at the end."""
     import wandb
 
-    name = run_dir.resolve().name
+    name, script = run_dir.resolve().name, Path(__file__).resolve()
     try:
         wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=name, id=name,
-                   resume="allow", dir=run_dir, sync_tensorboard=True, save_code=True)  # fmt: skip
+                   resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+        wandb.save(str(script), base_path=str(script.parent), policy="now")
     except wandb.errors.Error as error:
         sys.exit(f"{SCRIPT}: --track: {one_line(error)}")
 
@@ -1014,7 +1019,7 @@ def main():
             for video in sorted(run_dir.glob("videos/eval-*.mp4")) if args.capture_video else ():
                 print(f"video: {video}")
         else:
-            train(args, args.total_timesteps if args.resume and "total_timesteps" in given else None)
+            train(args, **({"total_timesteps": args.total_timesteps} if args.resume and "total_timesteps" in given else {}))
     except gym.error.Error as error:  # such as a renderer that is not installed
         sys.exit(f"{SCRIPT}: {type(error).__name__}: {error}")
     except MemoryError:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -674,3 +675,346 @@ def test_no_change_of_the_default_reaches_the_authors_rows(task, row):
     assert row == (batch, batch // args.num_minibatches, args.learning_rate, args.update_epochs, args.epsilon, args.temperature,
                    args.gamma, args.gae_lambda, args.max_grad_norm, args.ent_coef)  # fmt: skip
     assert (args.log_std_init, args.hidden_size, args.activation, args.reevaluate) == (0.0, 256, "relu", False)
+
+
+# What a run is told, and what it tells -----------------------------------------------------------------------------------
+
+
+def main(script, monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", [f"{script.SCRIPT}.py", *map(str, flags)])
+    script.main()
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e20, 1e100])
+def test_the_unit_of_observations_and_rewards_does_not_matter(scale):
+    torch.manual_seed(0)
+    obs = 3 + torch.randn(200, 4, dtype=torch.float64)
+    obs[:, 3] = 7.0  # a constant is centred
+    agents = [bpo.Agent(4, 2, bpo.Args()) for _ in range(2)]
+    for agent, batch in zip(agents, (obs, obs * scale)):
+        agent.obs_rms.update(batch[:50])
+        agent.obs_rms.update(batch[50:])
+    torch.testing.assert_close(agents[1].normalize(obs * scale)[:, :3], agents[0].normalize(obs)[:, :3])
+    assert agents[1].normalize(obs * scale)[:, 3].abs().max() < 1e-3 * max(scale, 1e3) and agents[0].obs_rms.scale[3] == 1
+    if scale < 1e30:  # float32 observations
+        narrow = bpo.RunningMeanStd(4)
+        narrow.update((obs * scale).float())
+        assert 0 < narrow.scale.min() * scale < 10
+
+
+@pytest.mark.parametrize("script", [bpo, ppo])
+def test_a_value_after_a_termination_may_be_anything(script):
+    shape = (6, 2)
+    rewards, values = torch.rand(shape), torch.rand(shape)
+    next_values, terminations = torch.rand(shape), (torch.rand(shape) < 0.4).float()
+    terminations[2, 0] = 1
+    expected = script.gae(rewards, values, next_values, terminations, terminations, 0.9, 0.8)
+    wild = torch.where(terminations > 0, torch.nan, next_values)
+    torch.testing.assert_close(script.gae(rewards, values, wild, terminations, terminations, 0.9, 0.8), expected)
+
+
+def test_a_run_survives_nan_where_an_episode_terminated_and_rewards_in_arrays(tmp_path, monkeypatch):
+    class Last(Countdown):
+        def step(self, action):
+            obs, reward, terminated, *rest = super().step(action)
+            return obs if not terminated else obs * np.nan, np.array([reward]), terminated, *rest
+
+    gym.register("Last-v0", Last)
+    monkeypatch.chdir(tmp_path)
+    run_dir = bpo.train(bpo.Args(env_id="Last-v0", total_timesteps=512, **SMALL))
+    assert all(tensor.isfinite().all() for tensor in checkpoint(run_dir)["agent"].values())
+
+
+@pytest.mark.parametrize("script", [bpo, ppo])
+def test_no_number_may_be_nan_or_infinite(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [name for name, value in vars(script.Args()).items() if isinstance(value, float)]
+    assert len(names) >= 9
+    for name in [*names, *(["median_temperature"] if script is bpo else [])]:
+        flag = f"--{name.replace('_', '-')}"
+        for value in ("nan", "inf", "-inf"):
+            with pytest.raises(SystemExit, match=flag):
+                main(script, monkeypatch, "--env-id", "Pendulum-v1", f"{flag}={value}")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--num-steps", "1000000000000", "--total-timesteps", "10000000000000"],
+        ["--num-envs", "1e9", "--num-steps", "1", "--total-timesteps", "1e10"],
+        ["--hidden-size", "1000000000"],
+        ["--num-threads", "1000000000000"],
+    ],
+)
+def test_what_memory_can_t_hold_is_one_line(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(bpo, monkeypatch, "--env-id", "Pendulum-v1", *flags)
+    assert flags[0] in stop.value.code and "\n" not in stop.value.code and not (tmp_path / "runs").exists()
+
+
+def test_a_whole_number_may_be_written_as_a_power_of_ten(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bpo, "train", lambda args, *_: seen.append(args))
+    main(bpo, monkeypatch, "--total-timesteps", "1e6", "--num-steps=2e3", "--learning-rate", "1e-3")
+    assert (seen[0].total_timesteps, seen[0].num_steps, seen[0].learning_rate) == (1_000_000, 2000, 1e-3)
+    with pytest.raises(SystemExit):
+        main(bpo, monkeypatch, "--total-timesteps", "1.5e0")
+
+
+@pytest.mark.parametrize("flag", ["--cuda", "--torch-deterministic", "--target-kl=0.1", "--save-model", "--clip-coef=0.2"])
+def test_cleanrl_s_other_flags_are_told_what_stands_for_them(flag, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(bpo, monkeypatch, flag)
+    assert stop.value.code == 2 and f"bpo_continuous: {flag.split('=')[0]}: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_resume_and_evaluate_know_which_flags_were_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=512, **SMALL))
+    default = bpo.Args()
+    for flags in (["--seed", default.seed], ["--anneal-lr"], ["--env-id", default.env_id], [f"--gamma={default.gamma}"]):
+        with pytest.raises(SystemExit, match="only --total-timesteps"):
+            main(bpo, monkeypatch, "--resume", run_dir, *flags)
+        with pytest.raises(SystemExit, match="--eval-episodes and --capture-video"):
+            main(bpo, monkeypatch, "--evaluate", run_dir, *flags)
+    with pytest.raises(SystemExit, match="already"):
+        main(bpo, monkeypatch, "--resume", run_dir, "--total-timesteps", 256)
+
+
+@pytest.mark.parametrize("anneal_lr", [False, True])
+def test_a_finished_run_can_be_extended(anneal_lr, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = SMALL | {"env_id": "Hopper-v4", "anneal_lr": anneal_lr}
+    whole, first = (bpo.train(bpo.Args(total_timesteps=steps, **settings)) for steps in (1024, 512))
+    main(bpo, monkeypatch, "--resume", first, "--total-timesteps", 1024)
+    assert checkpoint(first)["state"]["iteration"] == 4 and checkpoint(first)["args"]["total_timesteps"] == 1024
+    assert json.loads((first / "config.json").read_text())["total_timesteps"] == 1024
+    assert ("falls to 0 at step 1,024; here it is 0.0003" in capsys.readouterr().out) == anneal_lr
+    if not anneal_lr:
+        assert_same_weights(whole, first)
+        assert episodes(whole) == episodes(first)
+
+
+def test_load_agent_acts_as_the_evaluation_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for script, rescale in ((bpo, False), (bpo, True), (ppo, False)):
+        args = script.Args(env_id="Pendulum-v1", total_timesteps=512, rescale_actions=rescale, **SMALL)
+        run_dir = script.train(args)
+        agent, env, score, done = script.load_agent(str(run_dir)), gym.make("Pendulum-v1"), 0.0, False
+        assert agent.act(np.zeros((5, 3))).shape == (5, 1)
+        obs, _ = env.reset(seed=args.seed + 1_050_000)
+        while not done:
+            action = agent.act(obs)
+            assert env.action_space.contains(action.astype(np.float32))
+            obs, reward, terminated, truncated, _ = env.step(action)
+            score, done = score + float(reward), terminated or truncated
+        assert f"evaluation: {score:.1f} ±" in capsys.readouterr().out
+
+
+def test_the_best_policy_of_the_evaluations_on_the_way_is_kept(tmp_path, monkeypatch, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    args = bpo.Args(env_id="Pendulum-v1", total_timesteps=256 * 6, **SMALL | {"eval_episodes": 3, "learning_rate": 1e-2})
+    run_dir, plain = bpo.train(replace(args, eval_every=1)), bpo.train(args)
+    assert_same_weights(run_dir, plain)  # to look on changes nothing
+    scores = [(event.step, event.value) for event in EventAccumulator(str(run_dir)).Reload().Scalars("eval/mean_return")]
+    assert [step for step, _ in scores] == [256 * i for i in range(1, 7)]
+    best = torch.load(run_dir / "best.pt", weights_only=True)
+    assert (best["step"], best["return"]) == pytest.approx(max(scores, key=lambda pair: pair[1]))
+    capsys.readouterr()
+    main(bpo, monkeypatch, "--evaluate", run_dir / "best.pt", "--eval-episodes", 3)
+    assert f"evaluation: {best['return']:.1f} ±" in capsys.readouterr().out
+    assert bpo.load_agent(run_dir / "best.pt").act(np.zeros(3)).shape == (1,)
+
+
+def test_rescaled_actions_are_those_of_gymnasium_s_wrapper():
+    low, high = np.array([[1000.0, -3.0]], np.float32), np.array([[2000.0, 1.0]], np.float32)
+    agent = bpo.Agent(3, 2, bpo.Args(rescale_actions=True))
+    agent.action_bounds = low, high
+
+    class Wide(Countdown):
+        action_space = gym.spaces.Box(low, high)
+
+    wrapper = gym.wrappers.RescaleAction(Wide(), -1.0, 1.0)
+    for action in np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32):
+        expected = wrapper.action(action.reshape(1, 2).clip(-1, 1))
+        np.testing.assert_allclose(agent.bound(action[None])[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (1000, 2000, "less than a tenth of"),
+        (-100, 100, "less than a tenth of"),
+        (-1e-3, 1e-3, "more than ten times"),
+        (-1, 1, None),
+        (-np.inf, np.inf, None),
+        (0, np.inf, None),
+    ],
+)
+def test_a_first_policy_that_misses_the_range_of_actions_is_told(low, high, words, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    class Ranged(Countdown):
+        action_space = gym.spaces.Box(low, high, (1,), np.float32)
+
+        def step(self, action):
+            seen.append(action)
+            return super().step(action)
+
+    gym.registry.pop("Ranged-v0", None)
+    gym.register("Ranged-v0", Ranged)
+    monkeypatch.chdir(tmp_path)
+    bpo.train(bpo.Args(env_id="Ranged-v0", total_timesteps=256, **SMALL))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("the first policy")]
+    assert bool(lines) == bool(words) and (not words or (words in lines[0] and "--rescale" in lines[0]))
+    if words:
+        seen.clear()
+        bpo.train(bpo.Args(env_id="Ranged-v0", total_timesteps=256, rescale_actions=True, **SMALL))
+        assert "the first policy" not in capsys.readouterr().out
+        assert low <= np.min(seen) < low + 0.4 * (high - low) and high >= np.max(seen) > high - 0.4 * (high - low)
+    elif high == np.inf:
+        with pytest.raises(SystemExit, match="--rescale-actions"):
+            bpo.train(bpo.Args(env_id="Ranged-v0", total_timesteps=256, rescale_actions=True, **SMALL))
+
+
+@pytest.mark.parametrize("failure", ["raise ValueError('broken')", "return np.zeros(3), 0.0, False, False, {}", "os._exit(3)"])
+def test_an_error_in_one_process_ends_a_run_though_another_is_at_work(failure, tmp_path):
+    program = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import gymnasium as gym, numpy as np, bpo_continuous
+
+class Failing(gym.Env):
+    observation_space, action_space, t = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,)), 0
+
+    def reset(self, *, seed=None, options=None):
+        self.slow = seed is not None and seed > 1
+        return np.zeros(2, np.float32), {{}}
+
+    def step(self, action):
+        self.t += 1
+        if self.t == 20:
+            if self.slow:
+                time.sleep(1000)
+            {failure}
+        return np.zeros(2, np.float32), 0.0, False, False, {{}}
+
+gym.register("Failing-v0", Failing)
+if __name__ == "__main__":
+    sys.argv[1:] = "--env-id Failing-v0 --async-envs --num-envs 2 --num-steps 64 --num-minibatches 2".split()
+    bpo_continuous.main()
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    words = {"raise": "broken", "retur": "shape", "os._e": "the process of an environment ended"}[failure[:5]]
+    assert result.returncode == 1 and words in result.stderr
+
+
+def test_without_a_terminal_a_line_a_minute_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    clock, start = time.time, time.time()
+    monkeypatch.setattr(bpo.time, "time", lambda: start + 100 * (clock() - start))  # a hundred times as fast
+    bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=256 * 20, **SMALL))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert lines and all(word in lines[0] for word in ("return", "steps/s", "left"))
+
+
+def test_a_renderer_that_does_not_work_is_one_line_before_there_is_a_run_folder(tmp_path):
+    flags = ["--env-id", "Hopper-v4", "--capture-video", "--total-timesteps", 2048]
+    for variables in ({"DISPLAY": ":77", "MUJOCO_GL": "glfw"}, {"MUJOCO_GL": "nonsense"}):
+        result = run(tmp_path, "bpo_continuous.py", *flags, env=os.environ | variables)
+        assert result.returncode == 1 and not list(tmp_path.iterdir())
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("bpo_continuous: ")]
+        assert "MUJOCO_GL" in line and "Traceback" not in result.stderr
+
+
+def test_mujoco_s_own_models_give_no_warning_and_no_file(tmp_path):
+    result = run(tmp_path, "bpo_continuous.py", *FLAGS, "--env-id", "HalfCheetah-v4", "--total-timesteps", 256)
+    assert result.returncode == 0 and result.stderr == "" and [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_an_error_of_a_task_s_own_code_is_one_line(tmp_path, monkeypatch):
+    def broken(**_):
+        raise KeyError("no such model")
+
+    gym.register("Unmade-v0", broken)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"Unmade-v0 can't be made: KeyError: 'no such model'"):
+        main(bpo, monkeypatch, "--env-id", "Unmade-v0")
+
+
+def test_config_and_events_tell_versions_commit_and_flags(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    run_dir = bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=256, exp_name="first/try", **SMALL))
+    assert run_dir.name.startswith("Pendulum-v1__first-try__1__")
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["versions"]["torch"] == torch.__version__
+    assert {"python", "numpy", "gymnasium", "mujoco"} <= set(config["versions"])
+    assert len(config["commit"].removesuffix("-dirty")) == 40
+    events = EventAccumulator(str(run_dir)).Reload()
+    (text,) = events.Tensors("hyperparameters/text_summary")
+    assert b"|epsilon|0.3|" in text.tensor_proto.string_val[0]
+
+
+def test_the_curve_is_drawn_after_ctrl_c_too(tmp_path):
+    flags = [*FLAGS, "--env-id", "Pendulum-v1", "--total-timesteps", "1e6"]
+    process = subprocess.Popen(command("bpo_continuous.py", *flags), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    stopped = tmp_path / process.stdout.readline().split()[-1]
+    while len(episodes(stopped)) < 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert (stopped / "learning_curve.png").exists() and "--resume" in output
+
+
+def test_a_run_resumed_from_within_its_folder_keeps_its_name_at_wandb(tmp_path):
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    flags = [*FLAGS, "--env-id", "Pendulum-v1", "--total-timesteps", 256, "--track"]
+    assert run(tmp_path, "bpo_continuous.py", *flags, env=environment).returncode == 0
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    resumed = run(run_dir, "bpo_continuous.py", "--resume", ".", "--total-timesteps", 512, env=environment)
+    assert resumed.returncode == 0, resumed.stderr
+    folders = list(run_dir.glob("wandb/offline-run-*"))
+    assert len(folders) == 2 and all(folder.name.endswith(run_dir.name) for folder in folders)
+    assert all((folder / "files" / "bpo_continuous.py").exists() for folder in folders)
+
+
+def test_the_paper_s_networks_start_as_the_authors_do():
+    for script in (bpo, ppo):
+        settings = script.paper_settings("Hopper", script.Args())
+        torch.manual_seed(0)
+        agent = script.Agent(5, 3, script.Args(**settings))
+        gain = lambda layer: float(torch.linalg.matrix_norm(layer.weight, 2))  # noqa: E731  an orthogonal matrix times gain
+        assert [gain(layer) for layer in agent.actor_mean[::2]] == pytest.approx([2**0.5, 2**0.5, 0.01], rel=1e-3)
+        if script is bpo:
+            assert [gain(layer) for layer in agent.median_head[::2]] == pytest.approx([1, 1, 1], rel=1e-3)
+
+
+def test_the_preset_has_unrounded_values_and_the_ablation_its_own_temperature(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bpo, "train", lambda args, *_: seen.append(args))
+    main(bpo, monkeypatch, "--env-id", "Humanoid-v4", "--preset", "paper")
+    main(bpo, monkeypatch, "--env-id", "Humanoid-v4", "--preset", "paper", "--no-use-median")
+    main(bpo, monkeypatch, "--env-id", "HalfCheetah-v4", "--preset", "paper", "--gamma", bpo.Args().gamma)
+    assert [args.temperature for args in seen] == [1e-3, 0.01, 1e-3] and seen[2].gamma == 0.99
+    assert (seen[2].vf_coef, seen[2].ent_coef) == (2 * 0.58096, 0.000401762)
+    assert ppo.PAPER["Humanoid"]["learning_rate"] == 3.56987e-5 and ppo.PAPER["Ant"]["ent_coef"] == 4.9646e-7
+
+
+def test_a_first_policy_that_looks_at_its_input_keeps_its_ratio_of_one(tmp_path, monkeypatch):
+    """With normalised observations and an actor that is not zero, π₀ is what collected the rollout."""
+    seen, update = [], bpo.update
+
+    def spy(agent, optimizer, batch, *rest):
+        seen.append((batch["obs"].clone(), agent.obs_rms.scale.clone()))
+        return update(agent, optimizer, batch, *rest)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bpo, "update", spy)
+    bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=512, actor_gain=0.01, **SMALL))
+    assert (seen[0][1] == 1).all() and not (seen[1][1] == 1).any()
