@@ -790,6 +790,9 @@ def train(args, total_timesteps=None):
     if checkpoint:
         run_dir, args = Path(args.resume), checkpoint["args"]
         args = replace(args, total_timesteps=total_timesteps or args.total_timesteps)
+        done = int(checkpoint["state"]["iteration"]) * args.num_envs * args.num_steps
+        if done > args.total_timesteps:
+            sys.exit(f"{SCRIPT}: {run_dir} is at step {done} already, beyond --total-timesteps {args.total_timesteps}")
     check_args(args)
     try_env(args)
     if not checkpoint:
@@ -834,8 +837,6 @@ def train(args, total_timesteps=None):
         state = convert(checkpoint["state"], torch.Tensor, torch.Tensor.numpy)
         iteration, start_time, csv_size = state["iteration"], time.time() - state["seconds"], state["csv_size"]
         best = state["best"]
-        if iteration > num_iterations:
-            sys.exit(f"{SCRIPT}: {run_dir} is at step {iteration * batch_size} already, beyond {args.total_timesteps}")
         if total_timesteps and args.anneal_lr:
             rate = args.learning_rate * (1 - iteration / num_iterations)
             print(f"the learning rate now falls to 0 at step {args.total_timesteps:,}; here it is {rate:.3g}")

@@ -781,6 +781,7 @@ def test_resume_and_evaluate_know_which_flags_were_given(tmp_path, monkeypatch):
             main(bpo, monkeypatch, "--evaluate", run_dir, *flags)
     with pytest.raises(SystemExit, match="already"):
         main(bpo, monkeypatch, "--resume", run_dir, "--total-timesteps", 256)
+    assert json.loads((run_dir / "config.json").read_text())["total_timesteps"] == 512
 
 
 @pytest.mark.parametrize("anneal_lr", [False, True])
