@@ -14,12 +14,13 @@ import re
 import sys
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import tyro
-from rliable import library, metrics
+from rliable import library
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -37,7 +38,7 @@ class Args:
     output: Path | None = None  # PNG file of the matrix's curves
 
 
-@dataclass
+@dataclass(eq=False)
 class Results:
     """Finished runs: arms[arm][task] is {column: array (seeds, 100)}."""
 
@@ -153,13 +154,33 @@ def save(figure, path):
     plt.close(figure)
 
 
+@cache  # the same for a figure and its tables
 def aggregates(results, arm, reference):
     """Normalised returns, and {name: (estimate, low, high)} of interquartile means and of P(`arm` improves on the others)."""
     scores = {name: results.scores(name, reference) for name in results.arms}
-    iqm = estimates(scores, lambda x: np.array([metrics.aggregate_iqm(x)]))
     pairs = {name: (scores[arm], theirs) for name, theirs in scores.items() if name != arm}
-    improvement = estimates(pairs, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]))
-    return scores, iqm, improvement
+    return scores, estimates(scores, interquartile_mean), estimates(pairs, probability_of_improvement)
+
+
+# rliable's measures, to the same bit at a fraction of the time: a bootstrap takes each some thousand times.
+
+
+def interquartile_mean(scores):
+    """metrics.aggregate_iqm of scores (seeds, tasks): (1,)."""
+    cut = scores.size // 4
+    return np.partition(scores.ravel(), (cut, scores.size - cut - 1))[cut : scores.size - cut].mean(keepdims=True)
+
+
+def probability_of_improvement(ours, theirs):
+    """metrics.probability_of_improvement of scores (seeds, tasks), a tie counting half: (1,)."""
+    pairs = len(ours) * len(theirs)
+    wins = (np.sign(ours[:, None] - theirs).sum((0, 1)) + pairs) / 2
+    return (wins / pairs).mean(keepdims=True)
+
+
+def shares_above(scores, thresholds):
+    """library.score_distributions: shares of the scores (seeds, tasks) above each of the thresholds (K,)."""
+    return (scores[..., None] > thresholds).mean((0, 1))
 
 
 def estimates(scores, function):
@@ -193,7 +214,7 @@ def draw_aggregates(results, path, arm="bpo", reference="ppo"):
     middle.axvline(0.5, color="black", linestyle=":")
     thresholds = np.linspace(0, 2, 81)
     np.random.seed(0)  # create_performance_profile resamples with numpy's global generator
-    profiles, intervals = library.create_performance_profile(scores, thresholds, reps=1000)
+    profiles, intervals = library.create_performance_profile(scores, thresholds, custom_profile_func=shares_above, reps=1000)
     for name, profile in profiles.items():
         right.plot(thresholds, profile, color=COLORS.get(name), label=name)
         right.fill_between(thresholds, *intervals[name], color=COLORS.get(name), alpha=0.2, linewidth=0)
