@@ -12,6 +12,7 @@ normalised returns: 0 is what a task's first policies had, 1 what the reference 
 import csv
 import re
 import sys
+import time
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,7 @@ import matplotlib.pyplot as plt
 
 BENCHMARK = Path(__file__).resolve().parent
 DOCS = BENCHMARK.parent / "docs"
+LINE_EVERY = 60  # seconds between lines on how far the report is
 SMOOTHING = 5  # hundredths of the run in the running mean
 NAMES = "base", "bpo", "ppo", "sb3", "ppo-same", "bpo-paper", "ppo-paper", "bpo-entropy", "bpo-task", "rsl_rl"
 COLORS = dict(zip(NAMES, plt.get_cmap("tab10").colors[:1] + plt.get_cmap("tab10").colors))  # base: what bpo was
@@ -69,15 +71,37 @@ class Results:
         return Results(self.total_timesteps, tasks, arms, self.unit)
 
 
+said = float("-inf")  # when the last line on the work's progress was printed
+
+
+def say(text):
+    """Prints what is at work, at once and then about once a minute."""
+    global said
+    if time.monotonic() - said >= LINE_EVERY:
+        said = time.monotonic()
+        print(f"report.py: {text}", file=sys.stderr, flush=True)
+
+
 def smooth(curve):
     kernel = np.ones(SMOOTHING)
     return np.convolve(curve, kernel)[: len(curve)] / np.convolve(np.ones(len(curve)), kernel)[: len(curve)]
 
 
+@cache
+def read_rows(path):
+    """Rows of a CSV file; none, and a line that says so, where no episode is in it."""
+    with open(path) as file:
+        rows = list(csv.DictReader(line for line in file if line[0] != "#"))
+    if any(row["return"] for row in rows):
+        return rows
+    print(f"report.py: left out, as it has no episode: {path}", file=sys.stderr, flush=True)
+    return []
+
+
 def read_run(path, total_timesteps):
     """Columns of a CSV file at each hundredth of the run (100,), the return smoothed; one without an episode keeps the last."""
-    with open(path) as file:
-        rows = [row for row in csv.DictReader(line for line in file if line[0] != "#") if row["return"]]
+    if not (rows := [row for row in read_rows(path) if row["return"]]):
+        return None
     steps = np.array([int(row["step"]) for row in rows])
     grid = np.arange(1, 101) * total_timesteps // 100
     index = np.maximum(np.searchsorted(steps, grid, side="right") - 1, 0)
@@ -87,8 +111,7 @@ def read_run(path, total_timesteps):
 
 def read_evaluations(path):
     """Of a run of gbpo_llm.py: held-out (pass@1, mean of samples) before and after, (2, 2); its reward in the last quarter."""
-    with open(path) as file:
-        rows = list(csv.DictReader(line for line in file if line[0] != "#"))
+    rows = read_rows(path)
     rewards = [float(row["return"]) for row in rows if row["return"]]
     before, *_, after = [(float(row["pass@1"]), float(row["mean"])) for row in rows if row["pass@1"]]
     return np.array([before, after]), np.mean(rewards[-len(rewards) // 4 :])
@@ -104,12 +127,13 @@ def read_results(*matrices):
             sys.exit(f"report.py: can't read {path}: {error}")
         results.total_timesteps, results.unit = matrix["total_timesteps"], matrix.get("unit", results.unit)
         results.tasks += [task for task in matrix["tasks"] if task not in results.tasks]
-        for arm in matrix["arms"]:
+        for i, arm in enumerate(matrix["arms"]):
+            say(f"reading arm {i + 1} of {len(matrix['arms'])} in {path.name}")
             results.arms[arm] = {}
             for task in matrix["tasks"]:
                 names = [f"{arm}__{task.replace('/', '-')}__{seed}.csv" for seed in matrix["seeds"]]
                 files = [BENCHMARK / "results" / path.stem / name for name in names]
-                runs = [read_run(file, results.total_timesteps) for file in files if file.exists()]
+                runs = [run for file in files if file.exists() and (run := read_run(file, results.total_timesteps))]
                 if runs:
                     results.arms[arm][task] = {name: np.array([run[name] for run in runs]) for name in runs[0]}
     return results
@@ -130,7 +154,8 @@ def draw_curves(results, path):
     rows = -(-len(results.tasks) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.2 * rows), layout="constrained", squeeze=False)
     steps = np.arange(1, 101) * results.total_timesteps / 100
-    for axis, task in zip(axes.flat, results.tasks):
+    for count, (axis, task) in enumerate(zip(axes.flat, results.tasks), 1):
+        say(f"drawing task {count} of {len(results.tasks)} for {path.name}")
         for i, arm in enumerate(results.arms):
             if (runs := results.curves(arm, task)) is not None:
                 mean, (low, high) = mean_and_interval(runs)
@@ -295,7 +320,7 @@ def evaluations_table(path):
     ]
     lines.append("|---|---|---|---|---|---|---|")
     for arm in matrix["arms"]:
-        files = sorted((BENCHMARK / "results" / path.stem).glob(f"{arm}__*.csv"))
+        files = [file for file in sorted((BENCHMARK / "results" / path.stem).glob(f"{arm}__*.csv")) if read_rows(file)]
         if files:
             scores, rewards = map(np.array, zip(*map(read_evaluations, files)))  # (seeds, before or after, greedy or sampled)
             cells = [f"{rewards.mean():.3f}"]
@@ -374,12 +399,18 @@ def wins_table(results, reference):
     return "\n".join(lines)
 
 
+filled = []  # names of the pages' blocks that are done
+
+
 def replace_block(path, name, text):
     """Puts `text` between the lines <!-- name --> and <!-- end --> of a Markdown file."""
     page = path.read_text()
     pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
     if not re.search(pattern, page, re.DOTALL):
         sys.exit(f"report.py: {path} has no block <!-- {name} --> … <!-- end -->")
+    filled.append(name)
+    blocks = sum(page.read_text().count("<!-- end -->") for page in (DOCS.parent / "README.md", DOCS / "results.md"))
+    say(f"{len(filled)} of {blocks} blocks filled, the last {name} of {path.name}")
     path.write_text(re.sub(pattern, lambda match: f"{match[1]}{text}\n{match[2]}", page, flags=re.DOTALL))
 
 

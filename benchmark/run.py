@@ -18,6 +18,7 @@ and commit, and then, for each hundredth of the run in which an episode ended, t
 of approx_kl and clipfrac, where the script logs them to TensorBoard; of gbpo_llm.py the evaluations too.
 """
 
+import contextlib
 import csv
 import fcntl
 import os
@@ -40,6 +41,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKETS = 100
+LINE_EVERY = 60  # seconds between lines on how far a matrix is
+# What a matrix may hold. Unit and changes are report.py's.
+KEYS = {"total_timesteps": "int", "seeds": "list[int]", "tasks": "list[str]", "arms": "dict", "task_flag": "str"}
+KEYS |= {"steps_flag": "str", "unit": "str", "changes": "dict"}
 PACKAGES = ("torch", "gymnasium", "mujoco", "isaaclab", "transformers", "numpy")  # whose versions a result names
 METRICS = {"approx_kl": "losses/approx_kl", "clipfrac": "losses/clipfrac"}  # of each update, over its whole rollout
 # What gbpo_llm.py has on held-out questions before and after.
@@ -84,14 +89,45 @@ def seconds(text):
     return int(text[:-1]) * units[text[-1]]
 
 
+def kind(value):
+    """'list[int]' for [1, 2]"""
+    if value in ([], {}):
+        return "empty"
+    return f"list[{' | '.join(sorted(set(map(kind, value))))}]" if isinstance(value, list) else type(value).__name__
+
+
+def broken_line(text):
+    """The first line of the first statement that is no TOML; the parser names the end of a file for an open quote."""
+    lines = text.splitlines()
+    for n in reversed(range(len(lines))):
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            tomllib.loads("\n".join(lines[:n]))
+            return lines[n].strip()
+
+
 def read_matrix(path):
-    """What a matrix file says; exits with a line if it can't be read or lacks a part."""
+    """What a matrix file says; exits with a line if it can't be read or has a wrong part."""
     try:
-        matrix = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        text = path.read_text()
+        matrix = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        sys.exit(f"run.py: {path}: {error}: {broken_line(text)}")
+    except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"run.py: can't read {path}: {error}")
+    parts = {f"{key}.{name}": value for key in ("arms", "changes") if isinstance(matrix.get(key), dict)
+             for name, value in matrix[key].items()}  # fmt: skip
+    for key, value in (parts | matrix).items():
+        if key not in KEYS | parts:
+            sys.exit(f"run.py: {path}: unknown key {key}: there are {', '.join(KEYS)}")
+        if kind(value) != (expected := KEYS.get(key, "str")):
+            sys.exit(f"run.py: {path}: {key} must be {expected}, but is {kind(value)}")
     if missing := {"total_timesteps", "seeds", "tasks", "arms"} - set(matrix):
         sys.exit(f"run.py: {path} lacks {', '.join(sorted(missing))}")
+    for arm, flags in matrix["arms"].items():
+        try:
+            shlex.split(flags)
+        except ValueError as error:
+            sys.exit(f"run.py: {path}: arms.{arm}: {error}")
     return matrix
 
 
@@ -216,13 +252,15 @@ def main():
         sys.exit(f"run.py: no arm {wrong[0]!r}: there are {', '.join(known)}")
     deadline = time.monotonic() + seconds(args.time_limit)
     runs = [run for path in args.matrices for run in load_matrix(path, args.shard, args.arms)]
+    if not runs:
+        sys.exit(f"run.py: nothing to run: there are fewer runs than the parts of --shard {args.shard}")
     waiting = [run for run in runs if not run.result.exists()]
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
     for run in waiting:
         begun = run.folder / "flags.txt"
         if run.started() and begun.exists() and begun.read_text() != shlex.join(run.flags):
             sys.exit(f"run.py: {run.name} was begun with other flags ({begun}): put them back, or delete {run.folder}")
-    running, failed = {}, []
+    running, failed, said = {}, [], time.monotonic()
 
     def interrupt(signum, frame):
         nonlocal deadline
@@ -252,6 +290,10 @@ def main():
                 print(f"{time.strftime('%H:%M')} FAILED {run.name}: see {run.folder / 'log.txt'}", flush=True)
             for file in locks:
                 file.close()
+        if running and time.monotonic() - said >= LINE_EVERY:
+            said, finished = time.monotonic(), sum(run.result.exists() for run in runs)
+            names = ", ".join(run.name for run, _ in running.values())
+            print(f"{time.strftime('%H:%M')} {finished} of {len(runs)} runs finished, at work: {names}", flush=True)
         time.sleep(0.2)
     missing = sum(not run.result.exists() for run in runs)
     print(f"{len(runs) - missing} of {len(runs)} runs finished" + (f"; {len(failed)} failed" if failed else ""))

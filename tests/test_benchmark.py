@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 import tyro
+from rliable import library as rliable_library
+from rliable import metrics as rliable_metrics
 
 import bpo_continuous
 import ppo_baseline
@@ -167,8 +169,68 @@ def test_the_committed_pages_are_what_the_committed_results_give(tmp_path):
     shutil.copy(ROOT / "README.md", tmp_path)
     report = run(tmp_path, "benchmark/report.py")
     assert report.returncode == 0, report.stderr
+    assert report.stderr.startswith("report.py: reading arm 1 of ")
     for page in ("README.md", "docs/results.md"):
         assert (tmp_path / page).read_text() == (ROOT / page).read_text()
+
+
+def test_a_result_without_an_episode_is_passed_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    report = importlib.import_module("report")
+    monkeypatch.setattr(report, "BENCHMARK", tmp_path)
+    header = "step,return,episodes,approx_kl,clipfrac,pass@1,pass@1_error,mean,mean_error\n"
+    rows = "0,,0,,,0.1,0.01,0.1,0.01\n10,1.0,1,0.1,0.1,,,,\n10,2.0,1,0.1,0.1,0.3,0.01,0.2,0.01\n"
+    empty = {"none-1": "", "none-2": header, "none-3": f"# python\n{header}", "some-2": f"# python\n{header}"}
+    (tmp_path / "results/words").mkdir(parents=True)
+    for name, text in (empty | {"some-1": f"# python\n{header}{rows}", "some-3": header + rows}).items():
+        arm, seed = name.split("-")
+        (tmp_path / f"results/words/{arm}__digit__{seed}.csv").write_text(text)
+    matrix = tmp_path / "words.toml"
+    matrix.write_text('total_timesteps = 10\nseeds = [1, 2, 3]\ntasks = ["digit"]\n[arms]\nnone = "a.py"\nsome = "a.py"\n')
+    results = report.read_results(matrix)
+    assert report.returns_table(results).splitlines()[2] == "| digit | 1.2, n=2 |"  # of 1, 1, 1, 1, 2, as curves are smoothed
+    row = "| some | 2.000 | 0.100 → 0.300 | +0.200 | 0.100 → 0.200 | +0.100 | 2 |"
+    assert report.evaluations_table(matrix).splitlines()[2:] == [row]
+    report.draw_curves(results, tmp_path / "curves.png")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "no episode" in line]
+    assert len(lines) == 4  # once each, though two tables need them
+    assert all(any(f"{name.replace('-', '__digit__')}.csv" in line for line in lines) for name in empty)
+
+
+def test_a_line_a_minute_says_how_far_the_report_is(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    report = importlib.import_module("report")
+    monkeypatch.setattr(report, "said", float("-inf"))
+    for now in range(0, 150, 20):
+        monkeypatch.setattr(report.time, "monotonic", lambda now=now: now)
+        report.say(f"at {now}")
+    assert capsys.readouterr().err.splitlines() == ["report.py: at 0", "report.py: at 60", "report.py: at 120"]
+
+
+def test_the_report_s_measures_are_rliable_s(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    report, generator = importlib.import_module("report"), np.random.default_rng(0)
+    for seeds, others, tasks in ((3, 3, 1), (10, 5, 11), (4, 10, 6), (1, 2, 3)):
+        for ours, theirs in (
+            (generator.normal(size=(seeds, tasks)), generator.normal(size=(others, tasks))),
+            (generator.integers(0, 3, (seeds, tasks)) / 2, generator.integers(0, 3, (others, tasks)) / 2),  # with ties
+        ):
+            thresholds = np.linspace(-1, 2, 31)
+            assert report.interquartile_mean(ours)[0] == rliable_metrics.aggregate_iqm(ours)
+            assert report.probability_of_improvement(ours, theirs)[0] == rliable_metrics.probability_of_improvement(
+                ours, theirs
+            )
+            expected = rliable_library.score_distributions(ours, thresholds)
+            assert (report.shares_above(ours, thresholds) == expected).all()
+
+
+def test_a_line_a_minute_says_which_runs_are_at_work(repository):
+    script = repository / "benchmark/run.py"
+    script.write_text(script.read_text().replace("LINE_EVERY = 60", "LINE_EVERY = 0.3"))
+    (repository / "stub.py").write_text(STUB)
+    (repository / "stub.toml").write_text(STUB_MATRIX.replace("[1, 2, 3]", "[1]"))
+    lines = run(repository, "benchmark/run.py", "stub.toml").stdout.splitlines()
+    assert any(line.endswith("0 of 1 runs finished, at work: stub__Pendulum-v1__1") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +243,7 @@ def test_the_committed_pages_are_what_the_committed_results_give(tmp_path):
         ["short.toml", "--shard", "a"],
         ["short.toml", "--shard", "0/2"],
         ["short.toml", "--shard", "3/2"],
+        ["short.toml", "--shard", "3/3"],
         ["short.toml", "--jobs", "0"],
         ["short.toml", "--arms", "small", "mena"],
         ["lacking.toml"],
@@ -190,6 +253,44 @@ def test_bad_input_is_answered_in_one_line(repository, flags):
     (repository / "lacking.toml").write_text("seeds = [1]")
     result = run(repository, "benchmark/run.py", *flags)
     assert result.returncode == 1 and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("seeds =", "seed =", "unknown key seed:"),
+        ("[arms]", 'step_flag = "--steps"\n[arms]', "unknown key step_flag:"),
+        ("4096", '"4096"', "total_timesteps must be int, but is str"),
+        ("4096", "4e3", "total_timesteps must be int, but is float"),
+        ("[1]", "1", "seeds must be list[int], but is int"),
+        ("[1]", '[1, "2"]', "seeds must be list[int], but is list[int | str]"),
+        ("[1]", "[]", "seeds must be list[int], but is empty"),
+        ('["Pendulum-v1"]', '"Pendulum-v1"', "tasks must be list[str], but is str"),
+        ('["Pendulum-v1"]', "[]", "tasks must be list[str], but is empty"),
+        ("[arms]", "[arms]\nlarge = 3", "arms.large must be str, but is int"),
+        ("[arms]", "[arms]\nlarge = ['bpo_continuous.py']", "arms.large must be str, but is list[str]"),
+        ("[arms]", "task_flag = 1\n[arms]", "task_flag must be str, but is int"),
+        ("[arms]", "arms = {}\n[changes]", "arms must be dict, but is empty"),
+        ("[arms]", "arms = ['bpo']\n[changes]", "arms must be dict, but is list[str]"),
+        ("--num-steps 512", "--num-steps '512", "arms.small: No closing quotation"),
+        ('v1"]', 'v1]', 'tasks = ["Pendulum-v1]'),
+        ('v1"]', 'v1"', 'tasks = ["Pendulum-v1"'),
+        ("[1]", "[1 2]", "seeds = [1 2]"),
+        ("4096", "'4096", "total_timesteps = '4096"),
+        ("4096", "4,096", "total_timesteps = 4,096"),
+        ('checkpoint-every 1 --eval-episodes 1"\n', "checkpoint-every 1\n", 'small = "bpo_continuous.py'),
+        ("seeds = [1]", "seeds = [1]\nseeds = [2]", "seeds = [2]"),
+        ("4096", "40\0", "total_timesteps = 40"),
+    ],
+)  # fmt: skip
+def test_a_wrong_matrix_is_answered_with_its_file_and_key(old, new, named, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    path = tmp_path / "short.toml"
+    path.write_text(MATRIX.replace(old, new, 1))
+    with pytest.raises(SystemExit) as exit:
+        importlib.import_module("run").read_matrix(path)
+    line = str(exit.value)
+    assert line.startswith(f"run.py: {path}: ") and named in line and "\n" not in line
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmark").glob("*.toml")), ids=lambda path: path.stem)
