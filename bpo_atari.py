@@ -120,19 +120,20 @@ def check_env_id(env_id):
 class AtariEnvs(AtariVectorEnv):
     """Games as in Mnih et al. (2015): 4 frames an action, maximum of the last two, 84×84 grey, 4 stacked, up to 30 no-ops.
 
-    A lost life terminates, though the game goes on; where a game has FIRE, that is its next action. A finished game is replaced
-    in the same step, so no transition crosses a reset. Rewards are those of the game, not clipped. ALE can't save a vector of
-    games, but a game is a function of its seed and its actions: both are kept, and `replay` plays them again. So that there is
-    never much of it, a game that ends more than `reseed_after` actions after its seed is followed by one with a new seed.
+    A lost life terminates, though the game goes on, in some games even when the counter has come to 0. The stack then begins
+    anew, as after a reset, and where a game has FIRE, that is its next action. A finished game is replaced in the same step, so
+    no transition crosses a reset. Rewards are those of the game, not clipped. ALE can't save a vector of games, but a game is a
+    function of its seed and its actions: both are kept, and `replay` plays them again. So that there is never much of it, a
+    game that ends more than `reseed_after` actions after its seed is followed by one with a new seed.
     """
 
     reseed_after = 10_000
 
-    def __init__(self, env_id, num_envs, num_threads=0, life_loss=True):
+    def __init__(self, env_id, num_envs, num_threads=0):
         game = check_env_id(env_id)
         super().__init__(game["game"], num_envs, repeat_action_probability=game["repeat_action_probability"],
                          max_num_frames_per_episode=game["max_num_frames_per_episode"], reward_clipping=False,
-                         life_loss_info=life_loss, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+                         life_loss_info=True, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
                          num_threads=num_threads)  # fmt: skip
         actions = self.ale.get_action_set()
         self.fire = actions.index(ale_py.Action.FIRE) if ale_py.Action.FIRE in actions else None
@@ -140,9 +141,20 @@ class AtariEnvs(AtariVectorEnv):
     def seeded_reset(self, seeds):
         """Starts all games from these seeds (N,); returns their first observations."""
         self.seeds, self.actions = seeds, [bytearray() for _ in seeds]
-        obs, infos = self.reset(seed=seeds)
+        self.life_lost, self.screens = np.zeros(self.num_envs, bool), np.full(self.num_envs, 4)  # screens seen of this life
+        return self.restart(seeds, np.ones(self.num_envs, bool))
+
+    def restart(self, seeds, mask):
+        """Starts the games of `mask` (N,) from as many seeds; returns the observations of all."""
+        obs, infos = self.reset(seed=seeds, options={"reset_mask": mask})
         self.frames, self.lives = infos["episode_frame_number"], infos["lives"]
-        self.life_lost = np.zeros(self.num_envs, bool)
+        self.life_lost &= ~mask
+        return self.forget_lost_life(obs)
+
+    def forget_lost_life(self, obs):
+        """Blanks what the observations (N, 4, 84, 84) still show of the life before."""
+        for stack, screens in zip(obs, self.screens):
+            stack[:-screens] = 0
         return obs
 
     def play(self, actions):
@@ -151,7 +163,11 @@ class AtariEnvs(AtariVectorEnv):
         infos["game_over"] = infos["episode_frame_number"] <= self.frames
         self.life_lost = (infos["lives"] < self.lives) & ~infos["game_over"]
         self.frames, self.lives = infos["episode_frame_number"], infos["lives"]
-        return obs, rewards, terminations, truncations, infos
+        self.screens = np.where(self.life_lost, 1, self.screens + 1)
+        if "final_obs" in infos:
+            self.forget_lost_life(infos["final_obs"])
+        terminations |= self.life_lost  # ALE leaves out a life that takes the counter to 0
+        return self.forget_lost_life(obs), rewards, terminations, truncations, infos
 
     def step(self, actions):
         """As gymnasium's; infos["game_over"] (N,) tells the end of a game, by time limit too, from that of a life.
@@ -169,8 +185,7 @@ class AtariEnvs(AtariVectorEnv):
             self.seeds[old] += 1000  # far from those of runs with other seeds
             for i in np.flatnonzero(old):
                 self.actions[i].clear()
-            obs, reset_infos = self.reset(seed=self.seeds[old], options={"reset_mask": old})
-            self.frames, self.lives = reset_infos["episode_frame_number"], reset_infos["lives"]
+            obs = self.restart(self.seeds[old], old)
         return obs, rewards, terminations, truncations, infos
 
     def replay(self, seeds, actions):
@@ -180,9 +195,7 @@ class AtariEnvs(AtariVectorEnv):
         for step in range(longest + 1):
             started = np.array([len(played) >= longest - step for played in actions])
             if (starting := np.array([len(played) == longest - step for played in actions])).any():
-                obs, infos = self.reset(seed=seeds[starting], options={"reset_mask": starting})
-                self.frames, self.lives = infos["episode_frame_number"], infos["lives"]
-                self.life_lost &= ~starting
+                obs = self.restart(seeds[starting], starting)
             if step < longest:
                 now = [int(played[step - longest]) if on else 0 for played, on in zip(actions, started)]
                 obs, *_ = self.play(np.array(now))
@@ -200,12 +213,15 @@ def film_game(agent, args, run_dir):
     env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
     generator = torch.Generator().manual_seed(args.seed)
     obs, _ = env.reset(seed=args.seed)
-    done, fire, lives = False, "FIRE" in meanings, 0
+    done, life_lost, lives, screens = False, True, 0, 4  # FIRE starts the game too
     while not done:
         noise = gumbel(1, env.action_space.n, generator=generator).to(args.device)
         action, _, _ = agent.act(to_screens(obs[None], args.device), noise)
+        fire = life_lost and "FIRE" in meanings
         obs, _, terminated, truncated, info = env.step(meanings.index("FIRE") if fire else action.item())
-        done, fire, lives = terminated or truncated, "FIRE" in meanings and info["lives"] < lives, info["lives"]
+        done, life_lost, lives = terminated or truncated, info["lives"] < lives, info["lives"]
+        screens = 1 if life_lost else screens + 1
+        obs[:-screens] = 0  # as in AtariEnvs
     env.close()
 
 
@@ -500,7 +516,7 @@ def plot_learning_curve(run_dir, title, unit="episode"):
 
 def evaluate(weights, args, run_dir):
     """Plays `eval_episodes` whole games, actions sampled from the policy; prints and returns their scores."""
-    envs = AtariEnvs(args.env_id, args.eval_episodes, args.num_threads, life_loss=False)
+    envs = AtariEnvs(args.env_id, args.eval_episodes, args.num_threads)
     agent = Agent(envs.single_action_space.n, args).to(args.device)
     agent.load_state_dict(weights)
     generator = torch.Generator().manual_seed(args.seed)

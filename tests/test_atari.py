@@ -29,20 +29,22 @@ def assert_same_weights(first, second):
 class Reference:
     """One game in gymnasium's own wrappers, started as the vector environment starts it: FIRE where there is one, no-ops."""
 
-    def __init__(self, env_id):
+    def __init__(self, env_id, **options):
         game = gym.spec(env_id).kwargs
         base = gym.make(env_id, frameskip=1, repeat_action_probability=game["repeat_action_probability"])
-        self.env = gym.wrappers.AtariPreprocessing(base, noop_max=0)
+        self.env = gym.wrappers.AtariPreprocessing(base, noop_max=0, **options)
         self.fire = "FIRE" in base.unwrapped.get_action_meanings()
         self.ale = base.unwrapped.ale
 
     def reset(self, frames, seed=None):
         self.env.reset(seed=seed)
-        for frame in range(frames):
-            self.ale.act(1 if self.fire and frame == 0 else 0)
+        action = int(self.fire)
+        while self.ale.getEpisodeFrameNumber() < frames:  # some games begin with frames of their own
+            self.ale.act(action)
+            action = 0
         self.ale.getScreenGrayscale(self.env.obs_buffer[0])
         self.env.obs_buffer[1].fill(0)
-        self.lives = self.ale.lives()
+        self.lives = self.env.lives = self.ale.lives()
         self.stack = np.zeros((4, 84, 84), np.uint8)
         return self.push(self.env._get_obs())
 
@@ -52,15 +54,21 @@ class Reference:
 
     def step(self, action):
         screen, reward, game_over, _, _ = self.env.step(action)
-        life_lost, self.lives = 0 < self.ale.lives() < self.lives, self.ale.lives()
+        life_lost, self.lives = self.ale.lives() < self.lives, self.ale.lives()
+        if life_lost:  # Stable-Baselines3's stack begins anew with each life
+            self.stack[:] = 0
         return self.push(screen), reward, game_over or life_lost, game_over
+
+
+def ale_seed(seed):
+    """gymnasium's Atari environment hands ALE the second word that its seed generates."""
+    return np.random.SeedSequence(seed).generate_state(2)[1].astype(np.int32)
 
 
 @pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "ALE/Boxing-v5", "ALE/Asterix-v5", "PongNoFrameskip-v4"])
 def test_screens_rewards_and_ends_are_those_of_gymnasium_s_wrappers(env_id):
     num_envs, steps, gym_seeds = 2, 3000, [1, 4]
-    # gymnasium's Atari environment hands ALE the second word that its seed generates
-    seeds = np.array([np.random.SeedSequence(seed).generate_state(2)[1].astype(np.int32) for seed in gym_seeds])
+    seeds = np.array([ale_seed(seed) for seed in gym_seeds])
     assert (seeds >= 0).all()
     envs, references = bpo.AtariEnvs(env_id, num_envs), [Reference(env_id) for _ in range(num_envs)]
     obs = envs.seeded_reset(seeds.copy())
@@ -82,6 +90,33 @@ def test_screens_rewards_and_ends_are_those_of_gymnasium_s_wrappers(env_id):
             ends, rewarded = ends + terminated, rewarded + (reward != 0)
         assert not truncations.any()
     assert ends > 0 and rewarded > 20
+
+
+def ends_of_lives(env_id, steps):
+    """Of each random action: does it terminate, here and in gymnasium's wrapper, and does the game go on at a counter of 0?"""
+    envs, reference = bpo.AtariEnvs(env_id, 1), Reference(env_id, frame_skip=1, terminal_on_life_loss=True)
+    envs.seeded_reset(np.array([ale_seed(1)]))
+    reference.reset(envs.frames[0], 1)
+    ends = []
+    for action in np.random.default_rng(0).integers(0, envs.single_action_space.n, steps):
+        _, _, terminations, _, infos = envs.step(np.array([action]))
+        wrapper_ended = False
+        for _ in range(4):
+            wrapper_ended |= reference.env.step(envs.fire if infos["forced"][0] else action)[2]
+            if reference.ale.game_over():
+                break
+        assert infos["game_over"][0] == reference.ale.game_over()
+        ends.append((terminations[0], wrapper_ended, envs.life_lost[0] and envs.lives[0] == 0))
+        if infos["game_over"][0]:
+            reference.reset(envs.frames[0])
+    return np.array(ends).T
+
+
+@pytest.mark.parametrize("env_id", ["ALE/BankHeist-v5", "ALE/MsPacman-v5"])
+def test_a_lost_life_terminates_where_gymnasium_s_wrapper_has_it_with_a_counter_of_0_too(env_id):
+    ours, wrappers, went_on = ends_of_lives(env_id, 700)
+    np.testing.assert_array_equal(ours, wrappers)
+    assert ours.sum() > 3 and went_on.any() == (env_id == "ALE/BankHeist-v5")
 
 
 def test_no_transition_crosses_a_reset_and_a_lost_life_ends_the_bootstrap_but_not_the_game(tmp_path, monkeypatch):
@@ -120,6 +155,29 @@ def test_no_transition_crosses_a_reset_and_a_lost_life_ends_the_bootstrap_but_no
     following = torch.cat((seen["values"][1:], seen["next_values"][-1:]))
     following[truncated, 0] = 7.0 * 4 * 84 * 84  # the last screens of the game that was cut off, not the first of the next
     assert torch.equal(seen["next_values"], following)
+
+
+def test_a_value_of_nan_after_a_termination_does_not_stop_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bpo, "evaluate", lambda *_: [])
+    step, forward, played = bpo.AtariEnvs.step, bpo.Agent.forward, []
+
+    def ending_step(envs, actions):
+        obs, rewards, terminations, truncations, infos = step(envs, actions)
+        played.append(actions)
+        if len(played) == SMALL["num_steps"]:  # both games end, the first by its time limit as well
+            obs, infos = np.full_like(obs, 255), infos | {"final_obs": np.full_like(obs, 255)}
+            terminations, truncations = np.array([True, True]), np.array([True, False])
+        return obs, rewards, terminations, truncations, infos
+
+    def forward_with_nan(agent, obs):
+        logits, values, median_values = forward(agent, obs)
+        return logits, values.where((obs < 255).any((1, 2, 3)), np.nan), median_values
+
+    monkeypatch.setattr(bpo.AtariEnvs, "step", ending_step)
+    monkeypatch.setattr(bpo.Agent, "forward", forward_with_nan)
+    run_dir = bpo.train(bpo.Args(env_id="ALE/Boxing-v5", total_timesteps=64, **SMALL))
+    assert checkpoint(run_dir)["state"]["iteration"] == 1
 
 
 def test_fire_follows_a_lost_life_and_is_not_learned_from(tmp_path, monkeypatch):
