@@ -234,10 +234,6 @@ def layer_init(layer, gain=2**0.5):
     return layer
 
 
-def head(outputs, gain):
-    return nn.Sequential(layer_init(nn.Linear(512, 256)), nn.ReLU(), layer_init(nn.Linear(256, outputs), gain))
-
-
 def gumbel(*shape, generator=None):
     """Noise whose sum with log-probabilities is largest at a sample of them."""
     return -torch.empty(shape).exponential_(generator=generator).log()
@@ -249,7 +245,10 @@ def to_screens(obs, device):
 
 
 class Agent(nn.Module):
-    """Categorical actor, mean critic V and median critic μ on the features of one Nature CNN (Mnih et al., 2015)."""
+    """Categorical actor, mean critic V and median critic μ on the features of one Nature CNN (Mnih et al., 2015).
+
+    As with the authors, BPO's actor and V have a hidden layer each, and μ sits on V's. PPO has none, as SB3's CnnPolicy.
+    """
 
     def __init__(self, num_actions, args):
         super().__init__()
@@ -257,20 +256,30 @@ class Agent(nn.Module):
         self.convolutions = nn.Sequential(*(layer for conv in convolutions for layer in (layer_init(conv), nn.ReLU())))
         self.convolutions.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
         self.features = nn.Sequential(layer_init(nn.Linear(64 * 7 * 7, 512)), nn.ReLU())
-        self.actor, self.critic, self.median_critic = head(num_actions, 0.01), head(1, 1.0), head(1, 1.0)
+        self.actor, self.critic, width = nn.Sequential(), nn.Sequential(), 512
+        if args.loss == "bpo":
+            self.actor, self.critic = (nn.Sequential(layer_init(nn.Linear(512, 256)), nn.ReLU()) for _ in range(2))
+            width = 256
+        self.actor.append(layer_init(nn.Linear(width, num_actions), 0.01))
+        self.value_head = layer_init(nn.Linear(width, 1), 1.0)
+        if args.loss == "bpo" and args.use_median:
+            layers = layer_init(nn.Linear(256, 256), 1.0), nn.ReLU(), layer_init(nn.Linear(256, 1), 1.0)
+            self.median_head = nn.Sequential(*layers)
         self.amp = args.amp
 
     def forward(self, obs):
-        """Screens (B, 84, 84, 4), bytes → logits (B, A), V(s) (B,), μ(s) (B,)"""
+        """Screens (B, 84, 84, 4), bytes → logits (B, A), V(s) (B,), μ(s) (B,), which is V(s) where there is no median critic"""
         first, *others = self.convolutions
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.amp):
             x = obs.permute(0, 3, 1, 2).float()
             x = F.conv2d(x, first.weight / 255, first.bias, first.stride)  # there are fewer weights to divide than screens
             for layer in others:
                 x = layer(x)
-            features = self.features(x.permute(0, 2, 3, 1).flatten(1))
-            outputs = self.actor(features), self.critic(features)[:, 0], self.median_critic(features)[:, 0]
-        return tuple(output.float() for output in outputs)
+            features = self.features(x.permute(0, 2, 3, 1).flatten(1)).float()
+        critic_features = self.critic(features)  # in bfloat16 the heads would give a few dozen different values
+        values = self.value_head(critic_features)[:, 0]
+        median_values = self.median_head(critic_features)[:, 0] if hasattr(self, "median_head") else values
+        return self.actor(features), values, median_values
 
     @torch.no_grad()
     def act(self, obs, noise):
@@ -368,7 +377,7 @@ def minibatch_losses(agent, batch, args):
         policy_loss = ppo_loss(ratio, advantages, args.epsilon)
     else:
         advantages = (batch["returns"] - values).detach()
-        median_advantages = (batch["returns"] - median_values).detach() if args.use_median else advantages
+        median_advantages = (batch["returns"] - median_values).detach()
         if args.norm_adv:
             advantages = advantages / (advantages.std() + 1e-8)
         policy_loss = bpo_loss(ratio, advantages, median_advantages, args.epsilon, args.temperature)
@@ -378,16 +387,20 @@ def minibatch_losses(agent, batch, args):
 
 @torch.no_grad()
 def ratio_metrics(agent, batch, args):
-    """What an update did to the ratios of its rollout: estimates of KL(π₀‖π), share outside the band."""
+    """What an update did to the ratios of its rollout: estimates of KL(π₀‖π), share outside the band, BPO's mean |ρ−ρ*|."""
     minibatches = zip(batch["obs"].tensor_split(args.num_minibatches), batch["actions"].tensor_split(args.num_minibatches))
-    logprobs = torch.cat([agent.evaluate_actions(obs, actions)[0] for obs, actions in minibatches])
-    logratio = logprobs - batch["logprobs"]
+    logprobs, _, _, median_values = zip(*(agent.evaluate_actions(*minibatch) for minibatch in minibatches))
+    logratio = torch.cat(logprobs) - batch["logprobs"]
     ratio = logratio.exp()
-    return {
+    metrics = {
         "old_approx_kl": -logratio.mean(),
         "approx_kl": (ratio - 1 - logratio).mean(),
         "clipfrac": ((ratio - 1).abs() > args.epsilon).float().mean(),
     }
+    if args.loss == "bpo":
+        target = target_ratio(batch["returns"] - torch.cat(median_values), args.epsilon, args.temperature)
+        metrics["ratio_error"] = (ratio - target).abs().mean()
+    return metrics
 
 
 def backpropagate(agent, gradient, coefs, batch, args):

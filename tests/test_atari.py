@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -279,6 +280,8 @@ def test_a_run_fits_its_values_and_keeps_its_ratios_in_the_band(tmp_path, monkey
     outside = [event.value for event in events.Scalars("losses/clipfrac")]
     assert np.mean(explained[-3:]) > np.mean(explained[:3])
     assert max(outside) < 0.2
+    errors = [event.value for event in events.Scalars("losses/ratio_error")]
+    assert len(errors) == 10 and all(0 < error < 0.6 for error in errors)
     assert (run_dir / "learning_curve.png").stat().st_size > 10_000
 
 
@@ -299,6 +302,55 @@ def test_log_prob_and_entropy_are_those_of_a_categorical_distribution():
     torch.testing.assert_close(logprobs, expected.log_prob(actions))
     torch.testing.assert_close(entropy, expected.entropy().mean())
     assert torch.equal(values, expected_values) and torch.equal(median_values, expected_median_values)
+
+
+@pytest.mark.parametrize("use_median", [True, False])
+def test_the_ratio_error_is_the_distance_to_the_target_of_the_critics_as_they_are(use_median):
+    torch.manual_seed(0)
+    args = bpo.Args(use_median=use_median, num_minibatches=3, temperature=0.5)
+    agent = bpo.Agent(6, args)
+    batch = {"obs": torch.randint(256, (16, 84, 84, 4), dtype=torch.uint8), "actions": torch.randint(6, (16,))}
+    batch |= {"logprobs": -1.8 + 0.1 * torch.randn(16), "returns": torch.randn(16)}
+    logits, values, median_values = agent(batch["obs"])
+    ratio = torch.exp(logits.log_softmax(-1)[torch.arange(16), batch["actions"]] - batch["logprobs"])
+    threshold = median_values if use_median else values
+    target = 1 + 0.3 * torch.tanh(batch["returns"] - threshold)
+    assert torch.equal(median_values, values) != use_median
+    torch.testing.assert_close(bpo.ratio_metrics(agent, batch, args)["ratio_error"], (ratio - target).abs().mean())
+    args = replace(args, loss="ppo")
+    assert "ratio_error" not in bpo.ratio_metrics(bpo.Agent(6, args), batch, args)
+
+
+def test_the_heads_are_the_authors():
+    torch.manual_seed(0)
+    agent, seen, eye = bpo.Agent(6, bpo.Args()), [], torch.eye(256)
+    agent.features.register_forward_hook(lambda *call: seen.append(call[-1]))
+    median_values = agent(torch.randint(256, (5, 84, 84, 4), dtype=torch.uint8))[2]
+    hidden = agent.critic(seen[0])
+    first, _, last = agent.median_head
+    torch.testing.assert_close(median_values, last(first(hidden).relu())[:, 0])  # on the critic's features
+    torch.testing.assert_close(first.weight @ first.weight.T, eye, atol=1e-5, rtol=0)  # gain 1, not √2
+    torch.testing.assert_close(agent.critic[0].weight @ agent.critic[0].weight.T, 2 * eye, atol=1e-5, rtol=0)
+    for head, gain in ((last, 1.0), (agent.value_head, 1.0), (agent.actor[-1], 0.01)):
+        torch.testing.assert_close(head.weight.norm(dim=1), torch.full((len(head.weight),), gain))
+    for args in (bpo.Args(loss="ppo"), bpo.Args(use_median=False)):
+        assert not hasattr(bpo.Agent(6, args), "median_head")
+    ppo = bpo.Agent(6, bpo.Args(loss="ppo"))
+    shapes = [tuple(p.shape) for name, p in ppo.named_parameters() if not name.startswith(("convolutions", "features"))]
+    assert shapes == [(6, 512), (6,), (1, 512), (1,)]  # Stable-Baselines3's CnnPolicy: straight from the 512
+
+
+def test_with_amp_only_the_trunk_is_in_bfloat16():
+    torch.manual_seed(0)
+    agent, seen = bpo.Agent(6, bpo.Args(amp=True)), []
+    agent.features.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    obs = torch.randint(256, (64, 84, 84, 4), dtype=torch.uint8)
+    logits, values, median_values = agent(obs)
+    assert seen == [torch.bfloat16]
+    for outputs in (logits, values, median_values):
+        assert outputs.dtype == torch.float32
+        assert (outputs.bfloat16() == outputs).float().mean() < 0.1  # not rounded to its 8 bits
+    assert len(values.unique()) > 60
 
 
 def test_the_network_is_the_nature_cnn():
