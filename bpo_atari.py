@@ -21,15 +21,18 @@ import contextlib
 import difflib
 import io
 import json
+import math
 import os
 import random
 import signal
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads sleep; spinning, they slow each other on a busy CPU
 
 import ale_py
 import gymnasium as gym
@@ -43,6 +46,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+OMP_THREADS = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
 gym.register_envs(ale_py)
 gym.logger.min_level = gym.logger.ERROR
 
@@ -54,7 +59,7 @@ class Args:
     seed: int = 1  # seed of network, policy noise and games
     total_timesteps: int = 10_000_000  # actions in all; each lasts 4 frames
     num_envs: int = 8  # parallel games
-    num_threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # CPU threads
+    num_threads: int = int(OMP_THREADS) if OMP_THREADS.isdecimal() else CPUS  # CPU threads of network and games
     device: str | None = None  # of the network; none: a GPU where there is one
     amp: bool = False  # bfloat16 in the network: much faster on CPUs with AMX, a little less exact
 
@@ -558,10 +563,12 @@ def best_device():
 
 def check_args(args):
     """Exits with a line on arguments that can't be."""
-    counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "num_threads", "checkpoint_every", "eval_episodes")
-    for name in counts:
-        if getattr(args, name) < 1:
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
+    for field in fields(args):
+        flag, value = f"--{field.name.replace('_', '-')}", getattr(args, field.name)
+        if field.type is int and field.name != "seed" and value < 1:
+            sys.exit(f"{SCRIPT}: {flag} must be at least 1")
+        if field.type is float and not math.isfinite(value):
+            sys.exit(f"{SCRIPT}: {flag} must be a finite number, not {value}")
     if not 0 <= args.seed <= 10**9:
         sys.exit(f"{SCRIPT}: --seed must lie between 0 and 1,000,000,000")
     for name in ("learning_rate", "max_grad_norm"):

@@ -1,6 +1,7 @@
 """bpo_atari.py on the real Arcade Learning Environment: preprocessing, ends of lives and games, replay, learning, conduct."""
 
 import csv
+import os
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -424,12 +425,59 @@ def test_games_without_a_noop_are_filmed_too(env_id, tmp_path, monkeypatch):
     assert list(tmp_path.glob("videos/eval*.mp4"))
 
 
+def test_a_film_shows_the_policy_what_training_does(tmp_path, monkeypatch):
+    args = bpo.Args(env_id="BreakoutNoFrameskip-v4", device="cpu")
+    step, seen, played, lives = bpo.gym.wrappers.AtariPreprocessing.step, [], [], [5]
+
+    def short(self, action):
+        obs, reward, _, truncated, info = step(self, action)
+        played.append(action)
+        lives.append(info["lives"])
+        return obs, reward, len(played) > 120, truncated, info
+
+    class Idle:
+        def act(self, obs, noise):
+            seen.append(obs[0].flatten(0, 1).any(0).tolist())
+            return torch.zeros(1, dtype=torch.int64), None, None
+
+    monkeypatch.setattr(bpo.gym.wrappers.AtariPreprocessing, "step", short)
+    bpo.film_game(Idle(), args, tmp_path)
+    lost = [0] + [step for step in range(1, 121) if lives[step] < lives[step - 1]]
+    assert len(lost) > 2 and [step for step, action in enumerate(played) if action == 1] == lost  # FIRE begins each life
+    for step in lost:
+        assert seen[step] == [False, False, False, True] and seen[step + 3] == [True] * 4
+
+
+def test_openmp_s_variables_are_respected_and_its_idle_threads_sleep():
+    command = [sys.executable, "-c", "import bpo_atari; print(bpo_atari.Args().num_threads)"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    for variables, threads, policy in (
+        ({}, len(os.sched_getaffinity(0)), "PASSIVE"),
+        ({"OMP_NUM_THREADS": "3,2", "OMP_WAIT_POLICY": "ACTIVE"}, 3, "ACTIVE"),
+    ):
+        variables |= {"OMP_DISPLAY_ENV": "true"}
+        result = subprocess.run(command, cwd=ROOT, env=environment | variables, capture_output=True, text=True)
+        assert result.stdout == f"{threads}\n" and f"OMP_WAIT_POLICY = '{policy}'" in result.stderr
+
+
+def test_every_float_flag_must_be_finite():
+    args = bpo.Args(device="cpu")
+    names = [field.name for field in fields(args) if field.type is float]
+    assert len(names) > 8
+    for name in names:
+        for value in (np.nan, np.inf, -np.inf):
+            with pytest.raises(SystemExit, match=f"--{name.replace('_', '-')} must be a finite number, not {value}"):
+                bpo.check_args(replace(args, **{name: value}))
+
+
 BAD_INPUT = [
     (["--env-id", "ALE/Pon-v5"], "ALE/Pong-v5"),
     (["--env-id", "Pong-v4"], "PongNoFrameskip-v4"),
     (["--env-id", "Humanoid-v4"], "bpo_continuous.py"),
     (["--env-id", "Pong-ram-v4"], "-ram"),
     (["--epsilon", "1"], "--epsilon"),
+    (["--ent-coef", "nan"], "--ent-coef"),
+    (["--num-threads", "0"], "--num-threads"),
     (["--temperature", "0"], "--temperature"),
     (["--num-minibatches", "2000"], "--num-minibatches"),
     (["--total-timesteps", "10"], "--total-timesteps"),
