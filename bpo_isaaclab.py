@@ -77,7 +77,7 @@ class Args:
     temperature: float = 1e-2  # λ, in returns: advantages well above it ask for the band's edge
     use_median: bool = True  # threshold at the soft median μ(s); --no-use-median: at the mean V(s), the paper's ablation
     median_temperature: float = 1.0  # of the median loss; in theory it is λ, the authors have 1
-    online_adv: bool = True  # weight |R̂−V| with the critic as it is; --no-online-adv: the rollout's normalised advantages
+    online_adv: bool | None = None  # weight |R̂−V| with the critic as it is; if not, the rollout's normalised advantages stay
     clip_vloss: bool | None = None  # PPO: clip the change of the value by ε too
     vf_coef: float | None = None  # coefficient of the value loss (R̂−V)²
     median_coef: float = 1.0  # coefficient of the median loss
@@ -102,11 +102,11 @@ class Args:
 # What BPO has in place of the tasks' own settings, by a word of the task's name: the authors' changes, and ε 0.3 where they
 # tell none. PPO has the tasks' own.
 PAPER = {
-    "": dict(epsilon=0.3, ent_coef=0.0, vf_coef=1.0),
+    "": dict(epsilon=0.3, ent_coef=0.0, vf_coef=1.0, online_adv=True),
     "AnymalC": dict(epsilon=0.25),
     "G1": dict(update_epochs=10, epsilon=0.2),
-    "Go1": dict(update_epochs=10, epsilon=0.3, ent_coef=1e-3),
-    "H1": dict(epsilon=0.2),
+    "Go1": dict(update_epochs=10, epsilon=0.3, ent_coef=1e-3, online_adv=False),
+    "H1": dict(epsilon=0.2, online_adv=False),
 }
 
 
@@ -140,6 +140,9 @@ def best_device():
 
 def check_args(args):
     """Exits with a line on arguments that can't be."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} is not a finite number")
     for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_every", "eval_episodes"):
         if getattr(args, name) < 1:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
@@ -349,7 +352,8 @@ class Envs:
 
         mjlab doesn't give the last observation of an episode; as in rsl_rl the one before stands for it.
         """
-        obs, rewards, terminations, truncations, extras = self.env.step(actions.clamp(-self.action_limit, self.action_limit))
+        obs, *results, extras = self.env.step(actions.clamp(-self.action_limit, self.action_limit))
+        rewards, terminations, truncations = (tensor.reshape(self.num_envs) for tensor in results)  # from (N,) or (N, 1)
         actor_obs, critic_obs = self.split(obs)
         last_obs = self.split(extras["final_obs"])[1] if "final_obs" in extras else self.critic_obs
         if self.is_finite_horizon:
@@ -392,8 +396,8 @@ class RunningMeanStd(nn.Module):
         self.count.copy_(total)
 
     def forward(self, x):
-        """x (..., *shape) in standard deviations, clipped to ±10."""
-        return ((x - self.mean.float()) * (self.var.float() + 1e-8).rsqrt()).clamp(-10, 10)
+        """x (..., *shape) in standard deviations, by rsl_rl's formula."""
+        return (x - self.mean.float()) / (self.var.float().sqrt() + 0.01)
 
 
 ACTIVATIONS = {"elu": nn.ELU, "relu": nn.ReLU, "tanh": nn.Tanh, "selu": nn.SELU, "swish": nn.SiLU, "lrelu": nn.LeakyReLU}
@@ -586,8 +590,9 @@ def update(agent, optimizer, batch, args, reevaluate=None):
     for epoch in range(args.update_epochs):
         if epoch and reevaluate:
             batch = batch | reevaluate()
-        advantages = batch["advantages"]
-        batch["normalized_advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        if epoch == 0 or args.loss == "ppo":  # BPO's fixed weights stay the rollout's
+            advantages = batch["advantages"]
+            batch["normalized_advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         shuffle = torch.randperm(len(batch["obs"]), device=actor.device)
         shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
         for minibatch in zip(*shuffled):
@@ -713,7 +718,7 @@ def plot_learning_curve(run_dir, title, unit="episode"):
 
 def export_policy(agent, run_dir):
     """Writes exported/policy.pt (TorchScript) and policy.onnx: raw observations (B, D) → mean actions (B, A)."""
-    policy, folder = copy.deepcopy(agent.actor).cpu().eval(), run_dir / "exported"
+    policy, folder = copy.deepcopy(agent.actor).cpu().float().eval(), run_dir / "exported"
     example, batch = torch.zeros(1, policy.mean[0].in_features), {0: "batch"}
     folder.mkdir(exist_ok=True)
     with warnings.catch_warnings():
@@ -865,25 +870,17 @@ def train_in(envs, args, checkpoint, run_dir, first):
         iteration += 1
         global_step = iteration * batch_size
 
-        # Learn. The statistics of the observations stand still while a rollout is collected and learned from, so that π₀ is
-        # one policy; only the first rollout sets them beforehand, as its policy ignored its input.
-        def update_statistics():
-            if args.norm_obs:
-                agent.actor.normalize.update(steps["obs"].flatten(0, 1))
-                agent.critic_normalize.update(rollout["obs"].flatten(0, 1))
-
-        if iteration == 1:
-            update_statistics()
         estimate = partial(estimate_returns, agent, rollout, args)
         batch = {key: tensor.flatten(0, 1) for key, tensor in steps.items()} | estimate()
         batch["critic_obs"] = rollout["obs"].flatten(0, 1)
         batch["logprobs"] = log_prob(batch["actions"], batch["means"], agent.actor_logstd.detach())
         try:
-            metrics = update(agent, optimizer, batch, args, estimate if args.reevaluate else None)
-            if iteration > 1:
-                update_statistics()
-            if not all(buffer.isfinite().all() for buffer in agent.buffers()):
+            if not average(steps["obs"].sum() + rollout["obs"].sum()).isfinite():
                 raise FloatingPointError("an observation is not finite")
+            metrics = update(agent, optimizer, batch, args, estimate if args.reevaluate else None)
+            if args.norm_obs:  # after the update, as in rsl_rl: π₀ is one policy in the whole rollout
+                agent.actor.normalize.update(steps["obs"].flatten(0, 1))
+                agent.critic_normalize.update(rollout["obs"].flatten(0, 1))
         except FloatingPointError as error:
             message = f"{SCRIPT}: stopped at step {global_step}: {error}. {run_dir} keeps the last good checkpoint"
             sys.exit(message if first else 1)

@@ -1,6 +1,7 @@
 """bpo_isaaclab.py: its pieces and its loop on a small stand-in, then the real Isaac Lab and mjlab where they are installed."""
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -97,6 +98,9 @@ def test_stock_settings_are_the_task_s_the_paper_s_rows_replace_them_and_flags_w
     go1 = bpo.stock_settings(rl_cfg(), bpo.Args(task="Mjlab-Velocity-Flat-Unitree-Go1", epsilon=0.1))
     assert (go1.update_epochs, go1.epsilon, go1.ent_coef) == (10, 0.1, 1e-3)
     assert bpo.stock_settings(rl_cfg(), bpo.Args(task="Isaac-Ant")).epsilon == 0.3
+    online = {task: bpo.stock_settings(rl_cfg(), bpo.Args(task=task)).online_adv for task in ("Isaac-Ant", "G1", "Go1", "H1")}
+    assert online == {"Isaac-Ant": True, "G1": True, "Go1": False, "H1": False}
+    assert bpo.stock_settings(rl_cfg(), bpo.Args(task="H1", online_adv=True)).online_adv
 
 
 @pytest.mark.parametrize(
@@ -109,6 +113,29 @@ def test_bpo_evaluates_anew_before_each_pass_and_ppo_does_not(flags, passes, poi
     monkeypatch.setattr(sys, "argv", ["bpo_isaaclab.py", *sizes.split(), *flags.split()])
     bpo.main()
     assert len(calls) == 1 + passes  # the settings have 4 epochs
+
+
+@pytest.mark.parametrize(("loss", "kept"), [("bpo", True), ("ppo", False)])
+def test_bpo_s_fixed_weights_are_the_rollout_s_in_all_epochs(loss, kept, monkeypatch):
+    torch.manual_seed(0)
+    args = bpo.stock_settings(rl_cfg(), bpo.Args(loss=loss, online_adv=False))
+    agent, weights, losses = bpo.Agent(1, 2, 1, args), [], bpo.minibatch_losses
+
+    def spy(agent, batch, *rest):
+        weights.append(batch["normalized_advantages"])
+        return losses(agent, batch, *rest)
+
+    monkeypatch.setattr(bpo, "minibatch_losses", spy)
+    estimate = lambda: {name: torch.randn(64) for name in ("values", "advantages", "returns")}  # noqa: E731
+    batch = {"obs": torch.randn(64, 1), "critic_obs": torch.randn(64, 2), "actions": torch.randn(64, 1)} | estimate()
+    batch |= {"means": torch.zeros(64, 1), "logprobs": bpo.log_prob(batch["actions"], torch.zeros(64, 1), agent.actor_logstd)}
+    batch["logprobs"] = batch["logprobs"].detach()
+    vectors = [bpo.flatten_parameters(parameters) for parameters in agent.parameter_groups()]
+    bpo.update(agent, torch.optim.Adam(vectors, lr=torch.tensor(1e-3), fused=True), dict(batch), args, estimate)
+    expected = (batch["advantages"] - batch["advantages"].mean()) / (batch["advantages"].std() + 1e-8)
+    epochs = torch.stack([torch.cat(weights[i : i + 4]).sort()[0] for i in range(0, 16, 4)])
+    torch.testing.assert_close(epochs[0], expected.sort()[0])
+    assert torch.equal(epochs, epochs[:1].expand(4, 64)) == kept
 
 
 def test_kl_and_log_prob_are_those_of_normal_distributions():
@@ -159,6 +186,24 @@ def test_running_statistics_are_those_of_all_batches_together():
     together = torch.cat(batches).double()
     torch.testing.assert_close(statistics.mean, together.mean(0))
     torch.testing.assert_close(statistics.var, together.var(0, correction=0))
+
+
+def test_observations_are_normalised_as_rsl_rl_does():
+    statistics = bpo.RunningMeanStd(2)
+    torch.testing.assert_close(statistics(torch.tensor([1.01, -2.02])), torch.tensor([1.0, -2.0]))  # before any batch
+    statistics.update(torch.tensor([[5.0, 1.0], [5.0, 3.0]]))
+    obs = torch.tensor([[5.001, 2.0], [5.0, 2.0 + 1.01 * 50]])  # the first was constant so far; nothing is clipped
+    torch.testing.assert_close(statistics(obs), torch.tensor([[0.1, 0.0], [0.0, 50.0]]), rtol=1e-3, atol=1e-5)
+
+
+def test_observations_are_normalised_as_the_installed_rsl_rl_does():
+    rsl_rl = pytest.importorskip("rsl_rl.modules", reason="rsl_rl is not installed")
+    ours, theirs = bpo.RunningMeanStd(4), rsl_rl.EmpiricalNormalization(4)
+    for size in (3, 50, 700):
+        batch = torch.randn(size, 4) * torch.tensor([1.0, 1e-3, 100.0, 0.0]) + torch.tensor([0.0, 1.0, -50.0, 7.0])
+        torch.testing.assert_close(ours(batch * 3), theirs(batch * 3), rtol=1e-3, atol=1e-3)
+        ours.update(batch), theirs.update(batch)
+        torch.testing.assert_close(ours(batch * 3), theirs(batch * 3), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("final_obs", [True, False])
@@ -214,6 +259,31 @@ def test_what_a_failed_simulation_leaves_reaches_no_return(point_mass, monkeypat
     assert checkpoint(run_dir)["state"]["step"] == 32 * 8 * 3
 
 
+def test_nan_after_a_termination_reaches_no_return_at_the_end_of_a_rollout_either():
+    args = bpo.stock_settings(rl_cfg(), bpo.Args())
+    obs, ends = torch.randn(8, 5, 3), torch.zeros(8, 5)
+    next_obs = torch.cat((obs[1:], obs[:1]))
+    ends[3, 0] = ends[7, 1] = 1
+    next_obs[3, 0] = next_obs[7, 1] = math.nan
+    rollout = {"obs": obs, "next_obs": next_obs, "rewards": torch.randn(8, 5), "terminations": ends, "dones": ends}
+    estimates = bpo.estimate_returns(bpo.Agent(2, 3, 1, args), rollout, args)
+    assert all(tensor.isfinite().all() for tensor in estimates.values())
+
+
+def test_rewards_and_ends_may_be_columns(point_mass, monkeypatch):
+    step = PointMass.step
+
+    def in_columns(self, actions):
+        obs, *results, extras = step(self, actions)
+        return obs, *(result[:, None] for result in results), extras
+
+    args = bpo.Args(total_timesteps=32 * 8 * 3, **SMALL)
+    weights = checkpoint(bpo.train(args))["agent"]
+    monkeypatch.setattr(PointMass, "step", in_columns)
+    again = checkpoint(bpo.train(args))["agent"]
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
 @pytest.mark.parametrize(
     "flags",
     [{"loss": "bpo"}, {"loss": "ppo", "reevaluate": False}, {"reevaluate": False, "online_adv": False}, {"use_median": False}],
@@ -237,9 +307,13 @@ def test_exported_policies_are_the_network(point_mass):
     obs = torch.linspace(-3, 3, 20)[:, None]
     expected = agent.actor(obs).detach()
     assert expected.std() > 0.01
-    torch.testing.assert_close(torch.jit.load(run_dir / "exported" / "policy.pt")(obs), expected)
-    model = ReferenceEvaluator(onnx.load(run_dir / "exported" / "policy.onnx"))
-    torch.testing.assert_close(torch.from_numpy(model.run(None, {"obs": obs.numpy()})[0]), expected, rtol=1e-4, atol=1e-5)
+    policy = torch.jit.load(run_dir / "exported" / "policy.pt")
+    torch.testing.assert_close(policy(obs), expected)
+    assert {tensor.dtype for tensor in policy.state_dict().values()} == {torch.float32}
+    graph = onnx.load(run_dir / "exported" / "policy.onnx")
+    values = ReferenceEvaluator(graph).run(None, {"obs": obs.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(values), expected, rtol=1e-4, atol=1e-5)
+    assert "DOUBLE" not in onnx.printer.to_text(graph).upper()
 
 
 def test_a_stopped_run_goes_on_and_says_that_episodes_begin_anew(point_mass, capsys):
@@ -376,6 +450,17 @@ def test_impossible_settings_are_answered_in_one_line(flags, words, point_mass):
     with pytest.raises(SystemExit, match=words):
         bpo.train(bpo.Args(**SMALL | flags))
     assert not Path("runs").exists()
+
+
+FLOATS = [field.name for field in dataclasses.fields(bpo.Args) if "float" in str(field.type)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", FLOATS)
+def test_floats_are_finite(name, value, point_mass):
+    with pytest.raises(SystemExit, match=f"--{name.replace('_', '-')} ") as stop:
+        bpo.train(bpo.Args(**SMALL | {name: value}))
+    assert "\n" not in stop.value.code and not Path("runs").exists()
 
 
 def test_images_and_missing_observations_are_refused_and_others_left_alone():
