@@ -15,9 +15,10 @@ Q is the GAE(λ) return of the action taken. Source: Ao et al., Bounded Ratio Re
     torchrun --nproc-per-node 2 bpo_isaaclab.py --task Isaac-Humanoid   on two GPUs, each with its own environments
     python bpo_isaaclab.py --evaluate runs/<run> --capture-video        plays what was learned, and films it (mjlab)
 
-Networks, steps, epochs, learning rate and what else no flag sets are the task's own, from its rsl_rl configuration, but that
-the actor's last layer starts at zero, and that log σ is learned, not σ. BPO has the changes in PAPER below, and new values
-before each epoch.
+Networks, steps, epochs, learning rate and what else no flag sets are the task's own, from its rsl_rl configuration; where
+this script can't follow it, as with σ, whose logarithm is learned here, a line says so. The actor's last layer starts at zero.
+Observations are normalised as in rsl_rl 5.5, by statistics that move after each update; mjlab's 5.4 moves them at each step.
+BPO has the changes in PAPER below, and new values before each epoch.
 """
 
 import contextlib
@@ -110,24 +111,49 @@ PAPER = {
 }
 
 
+# Fields of Args that a task's rsl_rl configuration sets, and their names there, the same in Isaac Lab and mjlab.
+STOCK = dict(
+    num_steps="num_steps_per_env", num_minibatches="algorithm.num_mini_batches", update_epochs="algorithm.num_learning_epochs",
+    learning_rate="algorithm.learning_rate", desired_kl="algorithm.desired_kl", gamma="algorithm.gamma",
+    gae_lambda="algorithm.lam", epsilon="algorithm.clip_param", clip_vloss="algorithm.use_clipped_value_loss",
+    vf_coef="algorithm.value_loss_coef", ent_coef="algorithm.entropy_coef", max_grad_norm="algorithm.max_grad_norm",
+    norm_obs="actor.obs_normalization", actor_hidden_dims="actor.hidden_dims", critic_hidden_dims="critic.hidden_dims",
+    activation="actor.activation", init_std="actor.distribution_cfg.init_std",
+)  # fmt: skip
+# What the script has where a task may have something else: of other kinds it runs no agent, of the rest it prints a line.
+KINDS = {"actor.class_name": "MLPModel", "critic.class_name": "MLPModel"}
+KINDS["actor.distribution_cfg.class_name"] = "GaussianDistribution"
+OURS = KINDS | {"algorithm.class_name": "PPO", "algorithm.optimizer": "adam", "actor.distribution_cfg.learn_std": True,
+                "actor.distribution_cfg.std_type": "log", "actor.distribution_cfg.std_range": (1e-6, 1e6)}  # fmt: skip
+
+
+def flatten(config, prefix=""):
+    """{"algorithm.gamma": 0.99, …} of an rsl_rl configuration, which is made of objects or dicts."""
+    flat = {}
+    for name, value in (config if isinstance(config, dict) else vars(config)).items():
+        if name in ("algorithm", "actor", "critic", "distribution_cfg") and value is not None:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
 def stock_settings(rl_cfg, args):
-    """The fields of Args that are None, from a task's rsl_rl configuration (Isaac Lab's and mjlab's have the same names)."""
-    algorithm, actor, critic = rl_cfg.algorithm, rl_cfg.actor, rl_cfg.critic
-    noise = actor.distribution_cfg if isinstance(actor.distribution_cfg, dict) else vars(actor.distribution_cfg)
-    for kind in (actor.class_name, critic.class_name, noise["class_name"]):
-        if kind not in ("MLPModel", "GaussianDistribution"):
+    """The fields of Args that are None, from a task's rsl_rl configuration; prints what else this has that we don't follow."""
+    task = flatten(rl_cfg)
+    for kind in (task.get(name) for name in KINDS):
+        if kind not in KINDS.values():
             sys.exit(f"{SCRIPT}: the agent of {args.task} has a {kind}: this script has an MLP and one σ for all states")
-    stock = dict(
-        num_steps=rl_cfg.num_steps_per_env, num_minibatches=algorithm.num_mini_batches,
-        total_timesteps=rl_cfg.max_iterations * rl_cfg.num_steps_per_env * args.num_envs * WORLD_SIZE,
-        update_epochs=algorithm.num_learning_epochs, learning_rate=algorithm.learning_rate,
-        desired_kl=algorithm.desired_kl if algorithm.schedule == "adaptive" else 0.0, gamma=algorithm.gamma,
-        gae_lambda=algorithm.lam, epsilon=algorithm.clip_param, clip_vloss=algorithm.use_clipped_value_loss,
-        vf_coef=algorithm.value_loss_coef, ent_coef=algorithm.entropy_coef, max_grad_norm=algorithm.max_grad_norm,
-        norm_obs=actor.obs_normalization, actor_hidden_dims=tuple(actor.hidden_dims), activation=actor.activation,
-        critic_hidden_dims=tuple(critic.hidden_dims),
-        init_std=noise["init_std"],
-    )  # fmt: skip
+    ours = OURS | {name.replace("actor.", "critic."): value for name, value in task.items() if name.startswith("actor.")}
+    unread = [name for name in task if "." in name and name not in (*STOCK.values(), "algorithm.schedule")]
+    dropped = [f"{name} {task[name]} (here {ours[name]})" for name in unread if name in ours and task[name] != ours[name]]
+    dropped += [f"{name} {task[name]}" for name in unread if name not in ours and task[name] and "rnn" not in name]
+    if dropped and RANK == 0:
+        print(f"{SCRIPT}: {args.task}'s rsl_rl configuration is not followed in {', '.join(dropped)}")
+    stock = {field: task[name] for field, name in STOCK.items()}
+    stock["total_timesteps"] = rl_cfg.max_iterations * rl_cfg.num_steps_per_env * args.num_envs * WORLD_SIZE
+    if task["algorithm.schedule"] != "adaptive" or stock["desired_kl"] is None:
+        stock["desired_kl"] = 0.0
     if args.loss == "bpo":
         for word, row in PAPER.items():
             stock |= row if word in args.task else {}
@@ -189,9 +215,8 @@ def check_task_name(task, tasks):
 
 
 # Settings that flags, or BPO's own in PAPER, would undo.
-FLAGS = {"env.scene.num_envs": "--num-envs", "env.seed": "--seed", "env.sim.device": "--device", "agent.seed": "--seed",
-         "agent.algorithm.clip_param": "--epsilon", "agent.algorithm.entropy_coef": "--ent-coef",
-         "agent.algorithm.value_loss_coef": "--vf-coef", "agent.algorithm.num_learning_epochs": "--update-epochs"}  # fmt: skip
+FLAGS = {"env.scene.num_envs": "--num-envs", "env.seed": "--seed", "env.sim.device": "--device", "agent.seed": "--seed"}
+FLAGS |= {f"agent.{STOCK[name]}": f"--{name.replace('_', '-')}" for name in ("epsilon", "ent_coef", "vf_coef", "update_epochs")}
 
 
 def find_setting(task, config, override):
@@ -376,28 +401,26 @@ def average(tensor):
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of all batches of all processes so far (Chan et al., 1979); saved with the weights, but not trained."""
+    """Mean and variance of all batches of all processes so far, as rsl_rl has them; saved with the weights, but not trained."""
 
-    def __init__(self, *shape):
+    def __init__(self, size):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, batch):
-        """Takes in a batch (B, *shape)."""
-        batch = batch.double()
-        mean, square = average(torch.stack((batch.mean(0), batch.square().mean(0))))
-        size = len(batch) * WORLD_SIZE
-        total, delta = self.count + size, mean - self.mean
-        squares = self.var * self.count + (square - mean**2).clamp(min=0) * size
-        self.var.copy_((squares + delta**2 * self.count * size / total) / total)
-        self.mean.add_(delta * size / total)
-        self.count.copy_(total)
+        """Takes in a batch (B, size)."""
+        mean = average(batch.mean(0))
+        var = average((batch - mean).square().mean(0))
+        self.count += len(batch) * WORLD_SIZE
+        share, delta = len(batch) * WORLD_SIZE / self.count, mean - self.mean
+        self.mean += share * delta
+        self.var += share * (var - self.var + delta * (mean - self.mean))
 
     def forward(self, x):
-        """x (..., *shape) in standard deviations, by rsl_rl's formula."""
-        return (x - self.mean.float()) / (self.var.float().sqrt() + 0.01)
+        """x (..., size) in standard deviations."""
+        return (x - self.mean) / (self.var.sqrt() + 0.01)
 
 
 ACTIVATIONS = {"elu": nn.ELU, "relu": nn.ReLU, "tanh": nn.Tanh, "selu": nn.SELU, "swish": nn.SiLU, "lrelu": nn.LeakyReLU}

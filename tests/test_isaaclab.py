@@ -103,6 +103,40 @@ def test_stock_settings_are_the_task_s_the_paper_s_rows_replace_them_and_flags_w
     assert bpo.stock_settings(rl_cfg(), bpo.Args(task="H1", online_adv=True)).online_adv
 
 
+def test_what_a_task_s_configuration_has_that_the_script_has_not_is_one_line(capsys):
+    def line(section="algorithm", **settings):
+        configuration = rl_cfg()
+        configuration.critic = SimpleNamespace(**vars(configuration.actor))
+        configuration.critic.distribution_cfg = None
+        part = configuration.actor.distribution_cfg if section == "noise" else getattr(configuration, section)
+        vars(part).update(settings)
+        bpo.stock_settings(configuration, bpo.Args(task="Isaac-Ant"))
+        output = capsys.readouterr().out
+        assert output.count("\n") <= 1 and (not output or "Isaac-Ant" in output)
+        return output
+
+    same = {"optimizer": "adam", "rnd_cfg": None, "symmetry_cfg": None, "share_cnn_encoders": False, "class_name": "PPO"}
+    assert line() == line(**same) == line("noise", std_type="log", std_range=[1e-6, 1e6], learn_std=True) == ""
+    assert line("actor", rnn_type=None, rnn_hidden_dim=256) == ""  # mjlab's networks have these fields too
+    assert "algorithm.optimizer adamw (here adam)" in line(optimizer="adamw")
+    several = line(symmetry_cfg={"use_mirror_loss": True}, rnd_cfg=object(), normalize_advantage_per_mini_batch=True)
+    assert all(name in several for name in ("symmetry_cfg", "rnd_cfg", "normalize_advantage_per_mini_batch True"))
+    assert "what_comes_next 3" in line(what_comes_next=3)
+    assert "SharedEncoderPPO" in line(class_name="SharedEncoderPPO")
+    assert "std_type scalar (here log)" in line("noise", std_type="scalar")
+    assert "learn_std False" in line("noise", learn_std=False)
+    assert "std_range (0.1, 1)" in line("noise", std_range=[0.1, 1])
+    assert "critic.activation relu (here elu)" in line("critic", activation="relu")
+    assert "critic.obs_normalization False (here True)" in line("critic", obs_normalization=False)
+
+
+def test_the_learning_rate_stands_still_where_the_task_has_no_kl():
+    for settings in ({"schedule": "fixed"}, {"desired_kl": None}):
+        configuration = rl_cfg()
+        vars(configuration.algorithm).update(settings)
+        assert bpo.stock_settings(configuration, bpo.Args()).desired_kl == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "passes"), [("", 3), ("--no-reevaluate", 0), ("--loss ppo", 0), ("--loss ppo --reevaluate", 3)]
 )
@@ -183,7 +217,7 @@ def test_running_statistics_are_those_of_all_batches_together():
     statistics = bpo.RunningMeanStd(4)
     for batch in batches:
         statistics.update(batch)
-    together = torch.cat(batches).double()
+    together = torch.cat(batches)
     torch.testing.assert_close(statistics.mean, together.mean(0))
     torch.testing.assert_close(statistics.var, together.var(0, correction=0))
 
@@ -198,12 +232,13 @@ def test_observations_are_normalised_as_rsl_rl_does():
 
 def test_observations_are_normalised_as_the_installed_rsl_rl_does():
     rsl_rl = pytest.importorskip("rsl_rl.modules", reason="rsl_rl is not installed")
+    torch.manual_seed(0)
     ours, theirs = bpo.RunningMeanStd(4), rsl_rl.EmpiricalNormalization(4)
     for size in (3, 50, 700):
-        batch = torch.randn(size, 4) * torch.tensor([1.0, 1e-3, 100.0, 0.0]) + torch.tensor([0.0, 1.0, -50.0, 7.0])
-        torch.testing.assert_close(ours(batch * 3), theirs(batch * 3), rtol=1e-3, atol=1e-3)
+        batch = torch.randn(size, 4) * torch.tensor([1.0, 1e-3, 100.0, 0.0]) + torch.tensor([0.0, 0.1, -50.0, 7.0])
+        torch.testing.assert_close(ours(batch * 3), theirs(batch * 3), rtol=1e-5, atol=1e-5)
         ours.update(batch), theirs.update(batch)
-        torch.testing.assert_close(ours(batch * 3), theirs(batch * 3), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(ours(batch * 3), theirs(batch * 3), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("final_obs", [True, False])
