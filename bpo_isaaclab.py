@@ -78,7 +78,7 @@ class Args:
     temperature: float = 1e-2  # λ, in returns: advantages well above it ask for the band's edge
     use_median: bool = True  # threshold at the soft median μ(s); --no-use-median: at the mean V(s), the paper's ablation
     median_temperature: float = 1.0  # of the median loss; in theory it is λ, the authors have 1
-    online_adv: bool | None = None  # weight |R̂−V| with the critic as it is; if not, the rollout's normalised advantages stay
+    online_adv: tyro.conf.DisallowNone[bool | None] = None  # weight |R̂−V| anew; --no-…: the rollout's normalised advantages
     clip_vloss: bool | None = None  # PPO: clip the change of the value by ε too
     vf_coef: float | None = None  # coefficient of the value loss (R̂−V)²
     median_coef: float = 1.0  # coefficient of the median loss

@@ -149,6 +149,15 @@ def test_bpo_evaluates_anew_before_each_pass_and_ppo_does_not(flags, passes, poi
     assert len(calls) == 1 + passes  # the settings have 4 epochs
 
 
+@pytest.mark.parametrize(("flags", "online"), [([], False), (["--no-online-adv"], False), (["--online-adv"], True)])
+def test_a_flag_chooses_the_weights_over_the_authors_row(flags, online, point_mass, monkeypatch):
+    sizes = "--task Go1 --num-envs 8 --num-steps 8 --total-timesteps 64 --update-epochs 1 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["bpo_isaaclab.py", *sizes.split(), *flags])
+    bpo.main()
+    (run_dir,) = Path("runs").iterdir()
+    assert json.loads((run_dir / "config.json").read_text())["online_adv"] is online
+
+
 @pytest.mark.parametrize(("loss", "kept"), [("bpo", True), ("ppo", False)])
 def test_bpo_s_fixed_weights_are_the_rollout_s_in_all_epochs(loss, kept, monkeypatch):
     torch.manual_seed(0)
