@@ -661,7 +661,7 @@ def new_run_dir(args):
     stamp = int(time.time())
     Path("runs").mkdir(exist_ok=True)
     while True:
-        run_dir = Path("runs") / f"{args.task.replace('/', '-')}__{SCRIPT}__{args.seed}__{stamp}"
+        run_dir = Path("runs") / f"{args.task.replace('/', '-').lstrip('.-')}__{SCRIPT}__{args.seed}__{stamp}"
         with contextlib.suppress(FileExistsError):
             run_dir.mkdir()
             return run_dir

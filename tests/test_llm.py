@@ -170,7 +170,7 @@ def test_majority_vote_reads_no_label():
         ("x \\boxed{a} \\boxed{\\frac{1}{2}} y", "\\frac{1}{2}"),
         ("<answer> 4\n</answer>", "4"),
         (" 12 ", "12"),
-        ("\\boxed{1", "\\boxed{1"),
+        ("\\boxed{1", ""),
     ],
 )
 def test_what_counts_of_an_answer(completion, answer):
