@@ -290,6 +290,8 @@ def plain(text):
     elif text.rstrip().endswith(".") and is_words(text):  # a finished sentence
         end = re.split(r"=|\b(?:is|are)\b", text)[-1]
         text = end if re.search(r"\d", end) else text
+    elif match := re.fullmatch(r"[A-Za-z] (\\\(.+\\\)|\$[^$]+\$)", text.strip()):
+        text = match[1]
     text = unwrap(text.strip(" \n*").rstrip(" ."))
     text = re.sub("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)
     text = unicodedata.normalize("NFKC", re.sub("[¼½¾⅐-⅞]", r" \g<0>", text)).replace("⁄", "/").replace("−", "-")
@@ -337,7 +339,7 @@ def elements(text):
 
 def is_words(text):
     """Whether letters are letters here, and not factors of a product."""
-    text = re.sub(r"\\(begin|end|operatorname)\{\w*\}|\\[A-Za-z]+", "", text)
+    text = re.sub(r"\\(begin|end|operatorname)\{\w*\}|\\[A-Za-z]+", "#", text)
     return bool(re.fullmatch(r"[A-Za-z '’-]{2,}", text) or re.search("[A-Za-z]{4}|[A-Za-z]{2} [A-Za-z0-9]|[A-Za-z][0-9]", text))
 
 

@@ -394,10 +394,8 @@ def test_chat_messages_are_used_as_they_are(tmp_path):
     assert len(task.train) == 22 and task.score("two", task.train[0]) == task.score("2.0", task.train[0]) == 1
     tokenizer = tokenizer_of(task, TEMPLATE)
     texts = prompts_of(task.train[:3], tokenizer)
-    assert texts[0] == "system: be\nbrief\nuser: 1 + 1: IN A BOX tsunamistery\nassistant:".replace("\n", "<unknown>")
-    assert texts[1].endswith("tsunamistery<unknown>assistant: It is") and texts[2].endswith(
-        "user: 0 + 1 IN A BOX<unknown>assistant:"
-    )
+    assert texts[0] == "system: be\nbrief\nuser: 1 + 1: IN A BOX, tsunamistery\nassistant:"
+    assert texts[1].endswith("tsunamistery\nassistant: It is") and texts[2].endswith("user: 0 + 1 IN A BOX\nassistant:")
     assert prompts_of(task.train[2:3], tokenizer, task.train[:1])[0].endswith("IN A BOX, tsunamistery 2\n0 + 1")
 
 
