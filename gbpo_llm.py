@@ -1010,9 +1010,9 @@ for line in requests if first_reply[0] == "ready" else ():
         child = None
     child, question = child or start(), asked
     reply = ask(child, line)
-    if reply[0] in ("died", "took too long") and stop(child) == signal.SIGSYS:
-        reply = "was stopped at a forbidden call", None
-    if reply[1] is None and not reply[0].startswith(("ok", "raised")):
+    if reply[0] in ("died", "took too long"):
+        if stop(child) == signal.SIGSYS:
+            reply = "was stopped at a forbidden call", None
         child = None
     replies.write(json.dumps(reply).encode() + b"\n")
     replies.flush()
@@ -1064,7 +1064,7 @@ class Scorer:
             return value
         if kind == "took too long":
             self.slow.add(item)
-        count_problem("scorer_failures", f"a scorer {kind}", f" over {item[-1][:80]!r}")
+        count_problem("scorer_failures", f"a scorer {ascii(kind)[1:-1]}", f" over {item[-1][:80]!r}")
         return failure
 
 
