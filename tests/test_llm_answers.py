@@ -207,6 +207,12 @@ def test_a_vote_that_would_never_end_does():
     assert rewards == [0, 0, 1, 1] and time.time() - start < 60 and gbpo.PROBLEMS["scorer_failures"] > 0
 
 
+@pytest.mark.parametrize("text", ["1 " * 10000, "1 a " * 5000, "\\text{" * 2000 + "}" * 2000, "(" * 20000, "answer is " * 2000])
+def test_no_text_takes_long_to_read(text):
+    start = time.time()
+    assert gbpo.math_score(gbpo.extract_answer(text), {"answer": "8"}) == 0 and time.time() - start < 2
+
+
 # Scorers that run answers ---------------------------------------------------------------------------------------------
 
 ATTACKS = [
