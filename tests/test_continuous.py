@@ -606,7 +606,7 @@ BAD_INPUT = [
     (["--env-id", "Reacher-v5", "--preset", "paper"], "Ant, HalfCheetah, Hopper, Humanoid, Swimmer"),
     (["--resume", "nowhere"], "nowhere"),
     (["--evaluate", "nowhere"], "nowhere"),
-    (["--resume", "nowhere", "--seed", "3"], "no other flag"),
+    (["--resume", "nowhere", "--seed", "3"], "only --total-timesteps"),
     (["--evaluate", "nowhere", "--env-id", "Hopper-v4"], "--eval-episodes"),
 ]
 
