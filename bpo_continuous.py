@@ -166,7 +166,7 @@ class Task(gym.Wrapper):
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(action)
-        return obs, reward.item() if isinstance(reward, np.ndarray) else reward, terminated, truncated, {}
+        return obs, np.asarray(reward).item(), terminated, truncated, {}  # a reward of shape (1,) is a number too
 
     def reset(self, **kwargs):
         return self.env.reset(**kwargs)[0], {}
@@ -773,8 +773,8 @@ def warn_of_range(agent, args):
     """Says so where the first policy, N(0, σ²), is far too narrow or too wide for the task's actions, or beside them."""
     low, high = (bound.astype(float) for bound in agent.action_bounds)
     sigma = math.exp(args.log_std_init)
-    share = (np.minimum(high, sigma) - np.maximum(low, -sigma)) / (high - low)  # of the range that lies within ±σ
-    narrow, wide = np.isfinite(high - low) & (share < 0.1), 2 * sigma > 10 * (high - low)
+    covered, width = np.minimum(high, sigma) - np.maximum(low, -sigma), high - low  # within ±σ, and in all
+    narrow, wide = np.isfinite(width) & (covered < 0.1 * width), (width > 0) & (2 * sigma > 10 * width)
     if not args.rescale_actions and (narrow | wide).any():
         share = "less than a tenth of" if narrow.any() else "more than ten times"
         print(f"the first policy, N(0, {sigma:.2g}²), covers {share} the range of the actions of {args.env_id}: see "
@@ -986,7 +986,7 @@ def train(args, total_timesteps=None):
 def command_line():
     """The arguments, and the names of the flags that were given. A whole number may be written as 1e6."""
     whole = lambda match: match[1] + (str(int(float(match[2]))) if float(match[2]).is_integer() else match[2])  # noqa: E731
-    words = [re.sub(r"^(--[\w-]+=|)(\d+(?:\.\d+)?e\d+)$", whole, word, flags=re.IGNORECASE) for word in sys.argv[1:]]
+    words = [re.sub(r"^(--[\w-]+=|)(\d*\.?\d+e\+?\d+)$", whole, word, flags=re.IGNORECASE) for word in sys.argv[1:]]
     given = {word.split("=")[0].strip("-").replace("-", "_").removeprefix("no_") for word in words if word.startswith("--")}
     try:
         return tyro.cli(Args, args=words), given

@@ -757,7 +757,7 @@ def test_what_memory_can_t_hold_is_one_line(flags, tmp_path, monkeypatch):
 def test_a_whole_number_may_be_written_as_a_power_of_ten(monkeypatch):
     seen = []
     monkeypatch.setattr(bpo, "train", lambda args, *_: seen.append(args))
-    main(bpo, monkeypatch, "--total-timesteps", "1e6", "--num-steps=2e3", "--learning-rate", "1e-3")
+    main(bpo, monkeypatch, "--total-timesteps", "1E+6", "--num-steps=2e3", "--learning-rate", "1e-3")
     assert (seen[0].total_timesteps, seen[0].num_steps, seen[0].learning_rate) == (1_000_000, 2000, 1e-3)
     with pytest.raises(SystemExit):
         main(bpo, monkeypatch, "--total-timesteps", "1.5e0")
@@ -854,6 +854,7 @@ def test_rescaled_actions_are_those_of_gymnasium_s_wrapper():
         (-1, 1, None),
         (-np.inf, np.inf, None),
         (0, np.inf, None),
+        (0, 0, None),
     ],
 )
 def test_a_first_policy_that_misses_the_range_of_actions_is_told(low, high, words, tmp_path, monkeypatch, capsys):
