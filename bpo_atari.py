@@ -15,17 +15,28 @@ Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
     python bpo_atari.py --env-id ALE/Pong-v5 --loss ppo         the same loop with PPO's clip and the authors' PPO settings
     python bpo_atari.py --resume runs/<run>                     goes on with an interrupted run, to the same weights on a CPU
     python bpo_atari.py --evaluate runs/<run> --capture-video   plays and films what was learned
+
+    agent = load_agent("runs/<run>")                            the trained policy in Python
+    actions = agent.act(obs)                                    sampled, for stacked screens (4, 84, 84) or (N, 4, 84, 84)
+
+Such screens are those of `AtariEnvs`, in which the policy is trained, and of gymnasium's AtariPreprocessing and
+FrameStackObservation, for one game; with these, press FIRE when a life begins, as `film_game` does.
 """
 
 import contextlib
 import difflib
+import importlib.metadata
 import io
 import json
 import math
 import os
+import platform
 import random
+import re
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields, replace
@@ -56,6 +67,7 @@ gym.logger.min_level = gym.logger.ERROR
 class Args:
     env_id: str = "ALE/Pong-v5"  # ALE/…-v5 (sticky actions) or …NoFrameskip-v4 (none, as in the paper)
     loss: Literal["bpo", "ppo"] = "bpo"  # the loss; each brings the authors' hyperparameters
+    exp_name: str = SCRIPT  # the run folder's name has it
     seed: int = 1  # seed of network, policy noise and games
     total_timesteps: int = 10_000_000  # actions in all; each lasts 4 frames
     num_envs: int = 8  # parallel games
@@ -81,14 +93,29 @@ class Args:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm, taken over all parameters
 
     checkpoint_every: int = 20  # iterations between checkpoints
-    eval_episodes: int = 10  # whole games played at the end
+    eval_every: int = 0  # iterations between evaluations while training, whose best policy is kept as best.pt; 0: none
+    eval_episodes: int = 10  # whole games of an evaluation, played side by side
     capture_video: bool = False  # film one more game as mp4 into the run folder
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "brrl"  # wandb project
     wandb_entity: str | None = None  # wandb team
-    resume: str | None = None  # run folder to go on with, under its own configuration; takes --device beside it
-    evaluate: str | None = None  # run folder whose policy is played; nothing is trained
+    resume: str | None = None  # run folder to go on with, as it was configured; takes --total-timesteps and --device
+    evaluate: str | None = None  # run folder, or a checkpoint in it, whose policy is played; nothing is trained
 
+
+PACKAGES = ("gymnasium", "ale-py")  # config.json has their versions
+
+# What stands here for the flags of CleanRL that are missing.
+CLEANRL = {
+    "clip_coef": "the half-width ε of BPO's band and of PPO's clip is --epsilon",
+    "clip_vloss": "neither loss clips values",
+    "cuda": "--device cpu or --device cuda says where the network runs",
+    "hf_entity": "nothing is uploaded",
+    "save_model": "each run saves its model; load_agent(run folder) loads it",
+    "target_kl": "all --update-epochs are run; losses/approx_kl has the KL",
+    "torch_deterministic": "the same seed and --num-threads give the same weights on a CPU, always",
+    "upload_model": "nothing is uploaded",
+}
 
 PPO = dict(update_epochs=4, epsilon=0.1, norm_adv=True, ent_coef=0.01, max_grad_norm=0.5)  # the authors' PPO row
 
@@ -208,26 +235,55 @@ class AtariEnvs(AtariVectorEnv):
         return obs
 
 
-def film_game(agent, args, run_dir):
-    """Plays one game in gymnasium's own Atari wrappers, which can be filmed; writes runs/<run>/videos/*.mp4."""
-    env = gym.make(args.env_id, frameskip=1, render_mode="rgb_array")
-    meanings = env.unwrapped.get_action_meanings()
+def make_filmed_env(env_id, video_folder):
+    """One game in gymnasium's own Atari wrappers, which can be filmed."""
+    env = gym.make(env_id, frameskip=1, render_mode="rgb_array")
+    noop_max = 30 if env.unwrapped.get_action_meanings()[0] == "NOOP" else 0
     # Frames are kept in memory, 100 kB each; a game that is never lost has 108,000.
-    env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"), video_length=10_000, name_prefix="eval", fps=60)
-    env = gym.wrappers.AtariPreprocessing(env, noop_max=30 if meanings[0] == "NOOP" else 0)
-    env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
+    env = gym.wrappers.RecordVideo(env, str(video_folder), video_length=10_000, name_prefix="eval", fps=60)
+    return gym.wrappers.FrameStackObservation(gym.wrappers.AtariPreprocessing(env, noop_max), 4, padding_type="zero")
+
+
+def film_game(agent, args, run_dir):
+    """Plays and films one game; writes runs/<run>/videos/*.mp4."""
+    print("filming one more game", flush=True)
+    env = make_filmed_env(args.env_id, run_dir / "videos")
+    meanings = env.unwrapped.get_action_meanings()
     generator = torch.Generator().manual_seed(args.seed)
     obs, _ = env.reset(seed=args.seed)
     done, life_lost, lives, screens = False, True, 0, 4  # FIRE starts the game too
     while not done:
-        noise = gumbel(1, env.action_space.n, generator=generator).to(args.device)
-        action, _, _ = agent.act(to_screens(obs[None], args.device), noise)
+        action = agent.act(obs, generator)
         fire = life_lost and "FIRE" in meanings
-        obs, _, terminated, truncated, info = env.step(meanings.index("FIRE") if fire else action.item())
+        obs, _, terminated, truncated, info = env.step(meanings.index("FIRE") if fire else action)
         done, life_lost, lives = terminated or truncated, info["lives"] < lives, info["lives"]
         screens = 1 if life_lost else screens + 1
         obs[:-screens] = 0  # as in AtariEnvs
     env.close()
+
+
+def try_env(args):
+    """Exits with a line, before there is a run folder, on a game that memory can't hold, or that can't be played or filmed."""
+    check_env_id(args.env_id)
+    games, batch_size = args.eval_episodes, 0
+    if not args.evaluate:
+        games, batch_size = games + args.num_envs, args.num_envs * args.num_steps
+    screens = 2 * 84 * 84 * 4 * batch_size  # as they came, and shuffled
+    needed = 1.6e6 * games + screens + 2e5 * batch_size / args.num_minibatches  # a game and a step's gradients, as measured
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if torch.device(args.device).type == "cuda":
+        memory = torch.cuda.get_device_properties(args.device).total_memory
+    if needed > memory:
+        sys.exit(f"{SCRIPT}: --num-envs {args.num_envs} × --num-steps {args.num_steps} and --eval-episodes "
+                 f"{args.eval_episodes} take {needed / 1e9:.0f} GB of memory, there are {memory / 1e9:.0f}")  # fmt: skip
+    if args.capture_video:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                env = make_filmed_env(args.env_id, folder)
+                env.reset()
+                env.close()  # which writes what was filmed
+            except Exception as error:  # a missing encoder fails in several ways
+                sys.exit(f"{SCRIPT}: {args.env_id} can't be filmed: {one_line(error)}")
 
 
 # Networks -------------------------------------------------------------------------------------------------------------
@@ -286,8 +342,15 @@ class Agent(nn.Module):
         median_values = self.median_head(critic_features)[:, 0] if hasattr(self, "median_head") else values
         return self.actor(features), values, median_values
 
+    def act(self, obs, generator=None):
+        """Stacked screens (4, 84, 84) or (N, 4, 84, 84), bytes, as `AtariEnvs` has them → sampled action, or actions (N,)"""
+        obs, weight = np.asarray(obs), self.actor[-1].weight
+        screens = to_screens(obs.reshape(-1, *obs.shape[-3:]), weight.device)
+        actions, _, _ = self.sample(screens, gumbel(len(screens), len(weight), generator=generator).to(weight.device))
+        return actions.cpu().numpy().reshape(obs.shape[:-3])[()]
+
     @torch.no_grad()
-    def act(self, obs, noise):
+    def sample(self, obs, noise):
         """Screens (B, 84, 84, 4), Gumbel noise (B, A) → sampled actions (B,), log π(a|s) (B,), V(s) (B,)"""
         logits, values, _ = self(obs)
         logprobs = logits.log_softmax(-1)
@@ -450,15 +513,60 @@ def update(agent, optimizer, batch, args, reevaluate=None, gradient_function=bac
 
 
 def new_run_dir(args):
-    """Makes runs/<env>__<script>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
+    """Makes runs/<env>__<exp_name>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
     stamp = int(time.time())
     Path("runs").mkdir(exist_ok=True)
     while True:
-        run_dir = Path("runs") / f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{stamp}"
+        run_dir = Path("runs") / re.sub("[/:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{stamp}")
         with contextlib.suppress(FileExistsError):
             run_dir.mkdir()
             return run_dir
         stamp += 1
+
+
+def write_config(run_dir, args):
+    """Writes config.json: the arguments, and the versions and the commit that they ran with."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", *PACKAGES)}
+    config = asdict(args) | {"versions": {"python": platform.python_version()} | versions, "commit": commit}
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def start_wandb(args, run_dir):
+    """Weights & Biases as in CleanRL: what TensorBoard gets, the code, the configuration; videos follow at the end."""
+    import wandb
+
+    name, script = run_dir.resolve().name, Path(__file__).resolve()
+    try:
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=name, id=name,
+                   resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+        wandb.save(str(script), base_path=str(script.parent), policy="now")
+    except wandb.errors.Error as error:
+        sys.exit(f"{SCRIPT}: --track: {one_line(error)}")
+
+
+def finish(args, run_dir, writer, title):
+    """Draws the learning curve, names the videos, and hands them to wandb."""
+    with contextlib.suppress(OSError):
+        writer.close()
+    plot_learning_curve(run_dir, title)
+    print(f"learning curve: {run_dir / 'learning_curve.png'}")
+    videos = sorted(run_dir.glob("videos/*.mp4"))
+    for video in videos:
+        print(f"video: {video}")
+    if args.track:
+        import wandb
+
+        wandb.log({f"videos/{video.stem}": wandb.Video(str(video)) for video in videos})
+        wandb.finish()
+
+
+def one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def convert(tree, types, function):
@@ -470,8 +578,8 @@ def convert(tree, types, function):
     return function(tree) if isinstance(tree, types) else tree
 
 
-def save_checkpoint(run_dir, checkpoint):
-    """Replaces the run's checkpoint, made of tensors and plain data, in one step: at any instant a whole one is there."""
+def save_checkpoint(run_dir, checkpoint, name="checkpoint.pt"):
+    """Replaces a run's checkpoint, made of tensors and plain data, in one step: at any instant a whole one is there."""
     buffer, temporary = io.BytesIO(), run_dir / "checkpoint.tmp"
     torch.save(convert(checkpoint, np.ndarray | np.generic, lambda array: torch.from_numpy(np.array(array))), buffer)
     try:
@@ -481,15 +589,15 @@ def save_checkpoint(run_dir, checkpoint):
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, run_dir / "checkpoint.pt")
+        os.replace(temporary, run_dir / name)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
 
 
 def load_checkpoint(run_dir):
-    """The checkpoint of a run folder of this script; exits with a line if there is none."""
-    path = Path(run_dir) / "checkpoint.pt"
+    """The checkpoint of a run folder of this script, or that file itself; exits with a line if there is none."""
+    path = Path(run_dir) if Path(run_dir).is_file() else Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
         sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.pt")
     try:
@@ -499,6 +607,14 @@ def load_checkpoint(run_dir):
     except Exception as error:  # damage shows in many ways
         sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
     sys.exit(f"{SCRIPT}: {run_dir} is a run of {checkpoint['script']}.py")
+
+
+def load_agent(run_dir):
+    """The agent of a run folder, or of a checkpoint in it such as best.pt, on the CPU: `load_agent(run_dir).act(obs)`."""
+    checkpoint = load_checkpoint(run_dir)
+    agent = Agent(checkpoint["num_actions"], checkpoint["args"])
+    agent.load_state_dict(checkpoint["agent"])
+    return agent
 
 
 def append_episodes(path, size, rows):
@@ -532,22 +648,26 @@ def plot_learning_curve(run_dir, title, unit="episode"):
     plt.close(figure)
 
 
-def evaluate(weights, args, run_dir):
-    """Plays `eval_episodes` whole games, actions sampled from the policy; prints and returns their scores."""
+def play(agent, args):
+    """Yields the scores of `eval_episodes` whole games, played side by side with sampled actions, as they end."""
     envs = AtariEnvs(args.env_id, args.eval_episodes, args.num_threads)
-    agent = Agent(envs.single_action_space.n, args).to(args.device)
-    agent.load_state_dict(weights)
     generator = torch.Generator().manual_seed(args.seed)
     obs = envs.seeded_reset(args.seed + 50_500 + 100_000 * np.arange(args.eval_episodes))  # no training seeds
     returns, over = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
     while not over.all():
-        noise = gumbel(args.eval_episodes, envs.single_action_space.n, generator=generator).to(args.device)
-        actions, _, _ = agent.act(to_screens(obs, args.device), noise)
-        obs, rewards, _, _, infos = envs.step(actions.cpu().numpy())
-        returns += rewards * ~over
+        obs, rewards, _, _, infos = envs.step(agent.act(obs, generator))
+        returns += rewards
+        yield from returns[infos["game_over"] & ~over].tolist()
         over |= infos["game_over"]
     envs.close()
-    print("returns:", *(f"{score:.0f}" for score in returns))
+
+
+def evaluate(agent, args, run_dir):
+    """Plays whole games, actions sampled from the policy, and films one more with --capture-video; returns their scores."""
+    returns = []
+    for score in play(agent, args):
+        returns.append(score)
+        print(f"evaluation, game {len(returns)} of {args.eval_episodes}: return {score:.0f}", flush=True)
     print(f"evaluation: {np.mean(returns):.1f} ± {np.std(returns):.1f} (mean ± std of {len(returns)} games, sampled actions)")
     if args.capture_video:
         film_game(agent, args, run_dir)
@@ -565,10 +685,13 @@ def check_args(args):
     """Exits with a line on arguments that can't be."""
     for field in fields(args):
         flag, value = f"--{field.name.replace('_', '-')}", getattr(args, field.name)
-        if field.type is int and field.name != "seed" and value < 1:
-            sys.exit(f"{SCRIPT}: {flag} must be at least 1")
+        least = 0 if field.name == "eval_every" else 1
+        if field.type is int and field.name != "seed" and value < least:
+            sys.exit(f"{SCRIPT}: {flag} must be at least {least}")
         if field.type is float and not math.isfinite(value):
             sys.exit(f"{SCRIPT}: {flag} must be a finite number, not {value}")
+    if args.num_threads > 1024:  # a run may go on where there are fewer cores
+        sys.exit(f"{SCRIPT}: --num-threads {args.num_threads} must be at most 1024")
     if not 0 <= args.seed <= 10**9:
         sys.exit(f"{SCRIPT}: --seed must lie between 0 and 1,000,000,000")
     for name in ("learning_rate", "max_grad_norm"):
@@ -591,28 +714,31 @@ def check_args(args):
     check_loss_args(args)
 
 
-def train(args):
-    """Trains, evaluates and draws the learning curve; returns the run folder."""
+def train(args, total_timesteps=None):
+    """Trains, evaluates and draws the learning curve; returns the run folder.
+
+    With `args.resume` the run goes on under its own configuration, on its device or `args.device`, to its end or to
+    `total_timesteps`.
+    """
     checkpoint = load_checkpoint(args.resume) if args.resume else None
     if checkpoint:
-        run_dir, args = Path(args.resume), replace(checkpoint["args"], device=args.device or checkpoint["args"].device)
-        check_args(args)
-    else:
-        args = replace(args, device=args.device or best_device())
-        check_args(args)
-        check_env_id(args.env_id)  # a wrong game ends here, before there is a run folder
+        run_dir, device, args = Path(args.resume), args.device, checkpoint["args"]
+        args = replace(args, device=device or args.device)
+        if total_timesteps is not None:
+            args = replace(args, total_timesteps=total_timesteps)
+        done = int(checkpoint["state"]["iteration"]) * args.num_envs * args.num_steps
+        if done > args.total_timesteps:
+            sys.exit(f"{SCRIPT}: {run_dir} is at step {done} already, beyond --total-timesteps {args.total_timesteps}")
+    args = replace(args, device=args.device or best_device())
+    check_args(args)
+    try_env(args)
+    if not checkpoint:
         run_dir = new_run_dir(args)
-        (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2))
         (run_dir / "episodes.csv").write_text("step,return,length,wall_time\n")
+    write_config(run_dir, args)
     print(f"run folder: {run_dir}", flush=True)
     if args.track:
-        import wandb
-
-        try:
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
-                       id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
-        except wandb.errors.Error as error:
-            sys.exit(f"{SCRIPT}: --track: {error}".splitlines()[0])
+        start_wandb(args, run_dir)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -632,7 +758,7 @@ def train(args):
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
 
-    iteration, start_time, csv_size = 0, time.time(), (run_dir / "episodes.csv").stat().st_size
+    iteration, start_time, csv_size, best = 0, time.time(), (run_dir / "episodes.csv").stat().st_size, -math.inf
     episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
@@ -640,17 +766,24 @@ def train(args):
         torch.set_rng_state(checkpoint["torch_rng"])
         state = convert(checkpoint["state"], torch.Tensor, torch.Tensor.numpy)
         iteration, start_time, csv_size = state["iteration"], time.time() - state["seconds"], state["csv_size"]
-        episode_return, episode_length = state["episodes"]
+        (episode_return, episode_length), best = state["episodes"], state["best"]
+        if total_timesteps and args.anneal_lr:
+            rate = args.learning_rate * (1 - iteration / num_iterations)
+            print(f"the learning rate now falls to 0 at step {args.total_timesteps:,}; here it is {rate:.3g}")
         next_obs = envs.replay(*state["games"])
     else:
         next_obs = envs.seeded_reset(args.seed + 100_000 * np.arange(args.num_envs))
 
+    def policy_state():
+        state = {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict()}
+        return state | {"num_actions": num_actions}
+
     def save():
         actions = [np.frombuffer(played, np.uint8) for played in envs.actions]
-        state = {"iteration": iteration, "seconds": time.time() - start_time, "csv_size": csv_size,
+        state = {"iteration": iteration, "seconds": time.time() - start_time, "csv_size": csv_size, "best": best,
                  "games": (envs.seeds, actions), "episodes": (episode_return, episode_length)}  # fmt: skip
-        save_checkpoint(run_dir, {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "state": state,
-                                  "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state()})  # fmt: skip
+        save_checkpoint(run_dir, policy_state() | {"state": state, "optimizer": optimizer.state_dict(),
+                                                   "torch_rng": torch.get_rng_state()})  # fmt: skip
 
     if not checkpoint:
         save()
@@ -662,8 +795,10 @@ def train(args):
     rewards = np.zeros(shape)
     terminations, truncations, forced = (np.zeros(shape, bool) for _ in range(3))
     writer = SummaryWriter(run_dir, purge_step=iteration * batch_size + 1)
+    writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
     unsaved, recent_returns, last = [], deque(maxlen=20), iteration == num_iterations
     progress = tqdm(total=num_iterations * batch_size, initial=iteration * batch_size, unit=" steps", disable=None)
+    next_line = time.time() + 60
 
     while not last:
         if args.anneal_lr:
@@ -674,7 +809,7 @@ def train(args):
         for step in range(args.num_steps):
             screens.numpy()[:] = next_obs.transpose(0, 2, 3, 1)
             obs[step].copy_(screens, non_blocking=True)
-            actions[step], logprobs[step], values[step] = agent.act(obs[step], noise[step])
+            actions[step], logprobs[step], values[step] = agent.sample(obs[step], noise[step])
             next_obs, rewards[step], terminations[step], truncations[step], infos = envs.step(actions[step].cpu().numpy())
             forced[step] = infos["forced"]
             cut_off += [(step, i, infos["final_obs"][i]) for i in np.flatnonzero(truncations[step])]
@@ -720,7 +855,14 @@ def train(args):
             for name, value in metrics.items():
                 writer.add_scalar(f"losses/{name}", value, global_step)
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-            writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
+            steps_per_second = global_step / (time.time() - start_time)
+            writer.add_scalar("charts/SPS", int(steps_per_second), global_step)
+            if args.eval_every and iteration % args.eval_every == 0:
+                score = float(np.mean(list(play(agent, args))))
+                writer.add_scalar("eval/mean_return", score, global_step)
+                if score > best:
+                    best = score
+                    save_checkpoint(run_dir, policy_state() | {"step": global_step, "return": score}, "best.pt")
             writer.flush()
         except OSError:  # its thread has ended with it
             with contextlib.suppress(OSError):
@@ -732,48 +874,73 @@ def train(args):
                 save()
         except OSError as error:
             tqdm.write(f"{SCRIPT}: not saved at step {global_step}: {error}", file=sys.stderr)
-        progress.set_postfix({"return": f"{np.mean(recent_returns):.1f}" if recent_returns else "-"}, refresh=False)
+        recent = f"{np.mean(recent_returns):.1f}" if recent_returns else "-"
+        progress.set_postfix({"return": recent}, refresh=False)
         progress.update(batch_size)
+        if progress.disable and time.time() > next_line:
+            next_line = time.time() + 60
+            left = progress.format_interval((num_iterations * batch_size - global_step) / steps_per_second)
+            print(f"step {global_step:,}: return {recent}, {steps_per_second:.0f} steps/s, {left} left", flush=True)
 
     progress.close()
     envs.close()
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
+    title = f"{args.env_id}, {SCRIPT} --loss {args.loss}, seed {args.seed}"
     if stopped_by:
+        finish(args, run_dir, writer, title)
         print(f"stopped at step {iteration * batch_size}; to go on: python {SCRIPT}.py --resume {run_dir}")
         sys.exit(128 + stopped_by[0])
-    scores = evaluate(agent.state_dict(), args, run_dir)
+    scores = evaluate(agent, args, run_dir)
     with contextlib.suppress(OSError):
         for episode, score in enumerate(scores):
             writer.add_scalar("eval/episodic_return", score, episode)
-        writer.close()
-    plot_learning_curve(run_dir, f"{args.env_id}, {SCRIPT} --loss {args.loss}, seed {args.seed}")
-    print(f"learning curve: {run_dir / 'learning_curve.png'}")
+    finish(args, run_dir, writer, title)
     return run_dir
 
 
+def command_line():
+    """The arguments, and the names of the flags that were given. A whole number may be written as 1e6."""
+    whole = lambda match: match[1] + (str(int(float(match[2]))) if float(match[2]).is_integer() else match[2])  # noqa: E731
+    words = [re.sub(r"^(--[\w-]+=|)(\d+(?:\.\d+)?e\d+)$", whole, word, flags=re.IGNORECASE) for word in sys.argv[1:]]
+    given = {word.split("=")[0].strip("-").replace("-", "_").removeprefix("no_") for word in words if word.startswith("--")}
+    try:
+        return tyro.cli(Args, args=words), given
+    except SystemExit:
+        for name in sorted(given & CLEANRL.keys()):
+            print(f"{SCRIPT}: --{name.replace('_', '-')}: {CLEANRL[name]}", file=sys.stderr)
+        raise
+
+
 def main():
-    args = tyro.cli(Args)
+    args, given = command_line()
     if args.loss == "ppo":
-        args = tyro.cli(Args, default=Args(loss="ppo", **PPO))  # flags given beside the loss win
-    if args.resume and args != Args(resume=args.resume, device=args.device):
-        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag but --device")
-    if args.evaluate:
-        device = args.device or best_device()
-        played = dict(eval_episodes=args.eval_episodes, capture_video=args.capture_video, device=device)
-        if replace(args, device=device) != Args(evaluate=args.evaluate, **played):
-            sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-episodes, "
-                     "--capture-video and --device")  # fmt: skip
+        args = replace(args, **{name: PPO[name] for name in PPO.keys() - given})  # flags given beside the loss win
+    if args.resume and given - {"resume", "total_timesteps", "device"}:
+        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration; only --total-timesteps and --device can be "
+                 "given beside it")  # fmt: skip
+    if args.resume and Path(args.resume).is_file():
+        sys.exit(f"{SCRIPT}: --resume takes a run folder, not {args.resume}")
+    if args.evaluate and given - {"evaluate", "eval_episodes", "capture_video", "device"}:
+        sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-episodes, --capture-video "
+                 "and --device")  # fmt: skip
     try:
         if args.evaluate:
-            checkpoint = load_checkpoint(args.evaluate)
-            settings = replace(checkpoint["args"], **played)
+            path, device = Path(args.evaluate), args.device or best_device()
+            played = dict(evaluate=args.evaluate, eval_episodes=args.eval_episodes, capture_video=args.capture_video)
+            settings = replace(load_checkpoint(path)["args"], device=device, **played)
             check_args(settings)
-            evaluate(checkpoint["agent"], settings, Path(args.evaluate))
+            try_env(settings)
+            run_dir = path.parent if path.is_file() else path
+            evaluate(load_agent(path).to(device), settings, run_dir)
+            for video in sorted(run_dir.glob("videos/eval-*.mp4")) if args.capture_video else ():
+                print(f"video: {video}")
         else:
-            train(args)
-    except gym.error.Error as error:  # such as a renderer that is not installed
+            train(args, **({"total_timesteps": args.total_timesteps} if args.resume and "total_timesteps" in given else {}))
+    except gym.error.Error as error:
         sys.exit(f"{SCRIPT}: {type(error).__name__}: {error}")
+    except (MemoryError, torch.OutOfMemoryError):
+        sys.exit(f"{SCRIPT}: out of memory: lower --num-envs, --num-steps or --eval-episodes")
     except OSError as error:
         sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
 

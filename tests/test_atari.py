@@ -1,9 +1,12 @@
 """bpo_atari.py on the real Arcade Learning Environment: preprocessing, ends of lives and games, replay, learning, conduct."""
 
 import csv
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -17,6 +20,17 @@ import bpo_atari as bpo
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"num_envs": 2, "num_steps": 32, "num_minibatches": 2, "update_epochs": 1, "eval_episodes": 1, "num_threads": 1}
 FLAGS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def main(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["bpo_atari.py", *map(str, flags)])
+    bpo.main()
+
+
+def events(run_dir):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(run_dir)).Reload()
 
 
 def checkpoint(run_dir):
@@ -274,14 +288,12 @@ def test_a_run_fits_its_values_and_keeps_its_ratios_in_the_band(tmp_path, monkey
     monkeypatch.setattr(bpo, "evaluate", lambda *_: [])
     flags = {"num_envs": 8, "num_steps": 32, "num_minibatches": 1, "update_epochs": 4}
     run_dir = bpo.train(bpo.Args(env_id="ALE/Boxing-v5", total_timesteps=32 * 8 * 10, **flags))
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run_dir)).Reload()
-    explained = [event.value for event in events.Scalars("losses/explained_variance")]
-    outside = [event.value for event in events.Scalars("losses/clipfrac")]
+    logged = events(run_dir)
+    explained = [event.value for event in logged.Scalars("losses/explained_variance")]
+    outside = [event.value for event in logged.Scalars("losses/clipfrac")]
     assert np.mean(explained[-3:]) > np.mean(explained[:3])
     assert max(outside) < 0.2
-    errors = [event.value for event in events.Scalars("losses/ratio_error")]
+    errors = [event.value for event in logged.Scalars("losses/ratio_error")]
     assert len(errors) == 10 and all(0 < error < 0.6 for error in errors)
     assert (run_dir / "learning_curve.png").stat().st_size > 10_000
 
@@ -367,28 +379,38 @@ def test_the_network_is_the_nature_cnn():
 def test_ppo_and_bpo_have_the_authors_settings_and_flags_win(monkeypatch):
     seen = []
     monkeypatch.setattr(bpo, "train", seen.append)
-    for flags in ([], ["--loss", "ppo"], ["--loss", "ppo", "--epsilon", "0.2"]):
-        monkeypatch.setattr(sys, "argv", ["bpo_atari.py", *flags])
-        bpo.main()
+    for flags in (
+        [],
+        ["--loss", "ppo"],
+        ["--loss=ppo", "--epsilon", "0.2"],
+        ["--epsilon", "0.3", "--no-norm-adv", "--loss", "ppo"],
+    ):
+        main(monkeypatch, *flags)
     rows = [(a.update_epochs, a.epsilon, a.ent_coef, a.max_grad_norm, a.learning_rate, a.gamma) for a in seen]
     assert rows[0] == (5, 0.3, 1e-3, 1.0, 2.5e-4, 0.98)
     assert rows[1] == (4, 0.1, 0.01, 0.5, 2.5e-4, 0.98) and rows[2][1] == 0.2
+    assert rows[3] == (4, 0.3, 0.01, 0.5, 2.5e-4, 0.98)  # a flag wins with its default value too
+    assert [a.norm_adv for a in seen] == [False, True, True, False]
     assert all(a.num_envs * a.num_steps // a.num_minibatches == 256 for a in seen)
 
 
 def test_a_game_is_filmed_and_a_trained_policy_played_again(tmp_path):
-    flags = ["--env-id", "ALE/Breakout-v5", "--total-timesteps", "64", "--capture-video"]
-    command = [sys.executable, str(ROOT / "bpo_atari.py")]
-    result = subprocess.run([*command, *FLAGS, *flags], cwd=tmp_path, capture_output=True, text=True)
+    def run(*flags):
+        command = [sys.executable, str(ROOT / "bpo_atari.py"), *map(str, flags)]
+        environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+
+    result = run(*FLAGS, "--env-id", "ALE/Breakout-v5", "--total-timesteps", 64, "--capture-video", "--track")
     assert result.returncode == 0, result.stderr
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert list(run_dir.glob("videos/eval*.mp4"))
-    result = subprocess.run(
-        [*command, "--evaluate", run_dir, "--eval-episodes", "3"], cwd=tmp_path, capture_output=True, text=True
-    )
+    (video,) = run_dir.glob("videos/eval*.mp4")
+    assert f"video: {video.relative_to(tmp_path)}\n" in result.stdout
+    (tracked,) = run_dir.glob("wandb/offline-run-*/files")
+    assert (tracked / "bpo_atari.py").exists() and list(tracked.glob("media/videos/**/*.mp4"))
+    result = run("--evaluate", run_dir, "--eval-episodes", 3)
     assert result.returncode == 0 and "mean ± std of 3 games" in result.stdout, result.stderr
-    command += ["--evaluate", run_dir, "--eval-episodes", "0"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert [line.split(":")[0] for line in result.stdout.splitlines()[:3]] == [f"evaluation, game {i} of 3" for i in (1, 2, 3)]
+    result = run("--evaluate", run_dir, "--eval-episodes", 0)
     assert result.returncode == 1 and result.stderr == "bpo_atari: --eval-episodes must be at least 1\n"
 
 
@@ -436,9 +458,9 @@ def test_a_film_shows_the_policy_what_training_does(tmp_path, monkeypatch):
         return obs, reward, len(played) > 120, truncated, info
 
     class Idle:
-        def act(self, obs, noise):
-            seen.append(obs[0].flatten(0, 1).any(0).tolist())
-            return torch.zeros(1, dtype=torch.int64), None, None
+        def act(self, obs, generator):
+            seen.append(obs.any((1, 2)).tolist())
+            return np.int64(0)
 
     monkeypatch.setattr(bpo.gym.wrappers.AtariPreprocessing, "step", short)
     bpo.film_game(Idle(), args, tmp_path)
@@ -470,6 +492,144 @@ def test_every_float_flag_must_be_finite():
                 bpo.check_args(replace(args, **{name: value}))
 
 
+# What a run is told, and what it tells -----------------------------------------------------------------------------------
+
+
+def test_a_whole_number_may_be_written_as_a_power_of_ten_and_cleanrl_s_other_flags_are_answered(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(bpo, "train", lambda args, *_: seen.append(args))
+    main(monkeypatch, "--total-timesteps", "1e6", "--num-steps=2e3", "--learning-rate", "1e-3")
+    assert (seen[0].total_timesteps, seen[0].num_steps, seen[0].learning_rate) == (1_000_000, 2000, 1e-3)
+    for flag in ("--cuda", "--no-cuda", "--clip-coef=0.2", "--clip_vloss", "--target-kl"):
+        with pytest.raises(SystemExit):
+            main(monkeypatch, flag)
+        name = flag.split("=")[0].replace("--no-", "--").replace("_", "-")
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"bpo_atari: {name}: ")
+
+
+def test_resume_and_evaluate_know_which_flags_were_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bpo, "evaluate", lambda *_: [])
+    run_dir, default = bpo.train(bpo.Args(total_timesteps=128, **SMALL)), bpo.Args()
+    config = (run_dir / "config.json").read_text()
+    for flags in (["--seed", default.seed], ["--no-anneal-lr"], [f"--gamma={default.gamma}"], ["--loss", "bpo"]):
+        with pytest.raises(SystemExit, match="only --total-timesteps and --device"):
+            main(monkeypatch, "--resume", run_dir, *flags)
+        with pytest.raises(SystemExit, match="--eval-episodes, --capture-video and --device"):
+            main(monkeypatch, "--evaluate", run_dir, *flags)
+    for steps in (64, 0):
+        with pytest.raises(SystemExit, match="at step 128 already"):
+            main(monkeypatch, "--resume", run_dir, "--total-timesteps", steps)
+    assert (run_dir / "config.json").read_text() == config
+
+
+@pytest.mark.parametrize("anneal_lr", [False, True])
+def test_a_finished_run_can_be_extended(anneal_lr, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bpo, "evaluate", lambda *_: [])
+    settings = SMALL | {"env_id": "ALE/Breakout-v5", "anneal_lr": anneal_lr, "device": "cpu"}
+    whole, first = (bpo.train(bpo.Args(total_timesteps=steps, **settings)) for steps in (512, 256))
+    main(monkeypatch, "--resume", first, "--total-timesteps", 512)
+    assert checkpoint(first)["state"]["iteration"] == 8 and checkpoint(first)["args"]["total_timesteps"] == 512
+    assert json.loads((first / "config.json").read_text())["total_timesteps"] == 512
+    assert ("falls to 0 at step 512; here it is 0.000125" in capsys.readouterr().out) == anneal_lr
+    if not anneal_lr:
+        assert_same_weights(whole, first)
+
+
+@pytest.mark.parametrize("loss", ["bpo", "ppo"])
+def test_load_agent_acts_as_the_evaluation_does(loss, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = bpo.Args(env_id="ALE/Breakout-v5", loss=loss, total_timesteps=128, device="cpu", **SMALL)
+    agent = bpo.load_agent(str(bpo.train(args)))
+    envs, generator, over, score = bpo.AtariEnvs(args.env_id, 1), torch.Generator().manual_seed(args.seed), False, 0.0
+    obs = envs.seeded_reset(np.array([args.seed + 50_500]))
+    while not over:
+        obs, rewards, _, _, infos = envs.step(agent.act(obs, generator))
+        score, over = score + rewards[0], infos["game_over"][0]
+    assert f"evaluation: {score:.1f} ±" in capsys.readouterr().out
+    env = gym.wrappers.AtariPreprocessing(gym.make(args.env_id, frameskip=1))
+    env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
+    obs, _ = env.reset(seed=1)
+    for _ in range(20):
+        action = agent.act(obs)
+        assert env.action_space.contains(action)
+        obs, *_ = env.step(action)
+    assert agent.act(np.stack([obs] * 5)).shape == (5,)
+    with torch.no_grad():
+        agent.actor[-1].bias[2] = 100
+    assert agent.act(obs) == 2 and agent.act(np.stack([obs] * 3)).tolist() == [2, 2, 2]
+    with pytest.raises(RuntimeError, match="channels"):
+        agent.act(obs.transpose(1, 2, 0))
+
+
+def test_the_best_policy_of_the_evaluations_on_the_way_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = SMALL | {"eval_episodes": 2, "learning_rate": 1e-3, "device": "cpu"}
+    args = bpo.Args(env_id="ALE/Breakout-v5", total_timesteps=64 * 4, exp_name="first/try", **flags)
+    run_dir, plain = bpo.train(replace(args, eval_every=1)), bpo.train(args)
+    assert_same_weights(run_dir, plain)  # to look on changes nothing
+    logged = events(run_dir)
+    scores = [(event.step, event.value) for event in logged.Scalars("eval/mean_return")]
+    assert [step for step, _ in scores] == [64, 128, 192, 256]
+    best = torch.load(run_dir / "best.pt", weights_only=True)
+    assert (best["step"], best["return"]) == pytest.approx(max(scores, key=lambda pair: pair[1]))
+    capsys.readouterr()
+    main(monkeypatch, "--evaluate", run_dir / "best.pt", "--eval-episodes", 2, "--device", "cpu")
+    assert f"evaluation: {best['return']:.1f} ±" in capsys.readouterr().out
+    assert bpo.load_agent(run_dir / "best.pt").act(np.zeros((3, 4, 84, 84), np.uint8)).shape == (3,)
+    assert run_dir.name.startswith("ALE-Breakout-v5__first-try__1__")
+    assert b"|epsilon|0.3|" in logged.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0]
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["versions"]["torch"] == torch.__version__ and len(config["commit"].removesuffix("-dirty")) == 40
+    assert {"python", "numpy", "gymnasium", "ale-py"} <= set(config["versions"])
+
+
+def test_a_large_run_is_evaluated_on_a_small_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_dir = bpo.train(bpo.Args(env_id="ALE/Breakout-v5", total_timesteps=64, **SMALL))
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    state["args"] |= {"num_envs": 10**6, "num_threads": 512, "total_timesteps": 10**9}
+    torch.save(state, run_dir / "checkpoint.pt")
+    main(monkeypatch, "--evaluate", run_dir, "--eval-episodes", 1)
+    assert "(mean ± std of 1 games, sampled actions)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--num-envs 1000000 ×"):
+        main(monkeypatch, "--resume", run_dir)
+
+
+def test_without_a_terminal_a_line_a_minute_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bpo, "evaluate", lambda *_: [])
+    clock, start = time.time, time.time()
+    monkeypatch.setattr(bpo.time, "time", lambda: start + 1000 * (clock() - start))  # a thousand times as fast
+    bpo.train(bpo.Args(total_timesteps=256, **SMALL))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert lines and all(word in lines[0] for word in ("return", "steps/s", "left"))
+
+
+def test_the_curve_is_drawn_after_ctrl_c_too(tmp_path):
+    command = [sys.executable, str(ROOT / "bpo_atari.py"), *FLAGS, "--total-timesteps", "1e6"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    stopped = tmp_path / process.stdout.readline().split()[-1]
+    while not (stopped / "checkpoint.pt").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130 and (stopped / "learning_curve.png").exists() and "--resume" in output
+
+
+def test_what_can_t_be_filmed_is_one_line_before_there_is_a_run_folder(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError("no encoder\nat all")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bpo.gym.wrappers.RecordVideo, "stop_recording", broken)
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, "--capture-video")
+    assert stop.value.code == "bpo_atari: ALE/Pong-v5 can't be filmed: OSError: no encoder at all"
+    assert not (tmp_path / "runs").exists()
+
+
 BAD_INPUT = [
     (["--env-id", "ALE/Pon-v5"], "ALE/Pong-v5"),
     (["--env-id", "Pong-v4"], "PongNoFrameskip-v4"),
@@ -485,7 +645,13 @@ BAD_INPUT = [
     (["--seed", "3000000000"], "--seed"),
     (["--max-grad-norm", "-1"], "--max-grad-norm"),
     (["--resume", "nowhere"], "nowhere"),
-    (["--resume", "nowhere", "--seed", "3"], "no other flag"),
+    (["--resume", "nowhere", "--seed", "3"], "only --total-timesteps and --device"),
+    (["--resume", __file__], "takes a run folder"),
+    (["--eval-every", "-1"], "--eval-every"),
+    (["--num-steps", "1e12", "--total-timesteps", "1e13"], "--num-steps"),
+    (["--num-envs", "1e9", "--num-steps", "1", "--total-timesteps", "1e10"], "--num-envs"),
+    (["--eval-episodes", "1e9"], "--eval-episodes"),
+    (["--num-threads", "1e12"], "--num-threads"),
     (["--evaluate", "nowhere", "--seed", "3"], "--eval-episodes"),
 ]
 
