@@ -779,8 +779,11 @@ def test_resume_and_evaluate_know_which_flags_were_given(tmp_path, monkeypatch):
             main(bpo, monkeypatch, "--resume", run_dir, *flags)
         with pytest.raises(SystemExit, match="--eval-episodes and --capture-video"):
             main(bpo, monkeypatch, "--evaluate", run_dir, *flags)
-    with pytest.raises(SystemExit, match="already"):
-        main(bpo, monkeypatch, "--resume", run_dir, "--total-timesteps", 256)
+    for steps in (256, 0):
+        with pytest.raises(SystemExit, match="already"):
+            main(bpo, monkeypatch, "--resume", run_dir, "--total-timesteps", steps)
+    with pytest.raises(SystemExit, match="takes a run folder"):
+        main(bpo, monkeypatch, "--resume", run_dir / "checkpoint.pt")
     assert json.loads((run_dir / "config.json").read_text())["total_timesteps"] == 512
 
 
