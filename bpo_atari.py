@@ -902,7 +902,7 @@ def train(args, total_timesteps=None):
 def command_line():
     """The arguments, and the names of the flags that were given. A whole number may be written as 1e6."""
     whole = lambda match: match[1] + (str(int(float(match[2]))) if float(match[2]).is_integer() else match[2])  # noqa: E731
-    words = [re.sub(r"^(--[\w-]+=|)(\d+(?:\.\d+)?e\d+)$", whole, word, flags=re.IGNORECASE) for word in sys.argv[1:]]
+    words = [re.sub(r"^(--[\w-]+=|)(\d*\.?\d+e\+?\d+)$", whole, word, flags=re.IGNORECASE) for word in sys.argv[1:]]
     given = {word.split("=")[0].strip("-").replace("-", "_").removeprefix("no_") for word in words if word.startswith("--")}
     try:
         return tyro.cli(Args, args=words), given
