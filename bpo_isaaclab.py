@@ -13,7 +13,11 @@ Q is the GAE(λ) return of the action taken. Source: Ao et al., Bounded Ratio Re
     python bpo_isaaclab.py --task Mjlab-Velocity-Flat-Unitree-G1        the same on mjlab, which needs no asset server
     python bpo_isaaclab.py --task Isaac-Ant --loss ppo env.episode_length_s=5     PPO in the same loop; an override of the task
     torchrun --nproc-per-node 2 bpo_isaaclab.py --task Isaac-Humanoid   on two GPUs, each with its own environments
+    python bpo_isaaclab.py --resume runs/<run>                          goes on with a run, in new episodes
     python bpo_isaaclab.py --evaluate runs/<run> --capture-video        plays what was learned, and films it (mjlab)
+
+    agent = load_agent("runs/<run>")                                    the trained policy in Python, without a simulator
+    action = agent.act(obs)                                             its mean action, for observations as the actor gets them
 
 Networks, steps, epochs, learning rate and what else no flag sets are the task's own, from its rsl_rl configuration; where
 this script can't follow it, as with σ, whose logarithm is learned here, a line says so. The actor's last layer starts at zero.
@@ -24,20 +28,23 @@ BPO has the changes in PAPER below, and new values before each epoch.
 import contextlib
 import copy
 import difflib
+import importlib.metadata
 import importlib.util
 import io
 import json
 import math
 import os
+import platform
 import random
+import re
 import signal
+import subprocess
 import sys
 import time
 import warnings
 from collections import Counter, deque
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -60,6 +67,7 @@ torch.backends.cuda.matmul.allow_tf32 = True  # as in the training scripts of Is
 class Args:
     task: str = "Isaac-Humanoid"  # id of an Isaac Lab or mjlab task
     loss: Literal["bpo", "ppo"] = "bpo"  # the loss
+    exp_name: str = SCRIPT  # the run folder's name has it
     seed: int = 1  # seed of networks, policy noise and environments
     total_timesteps: int | None = None  # environment steps in all; none here and below: the task's own
     num_envs: int = 4096  # parallel environments of each process
@@ -91,13 +99,33 @@ class Args:
     init_std: float | None = None  # σ of the first policy
 
     checkpoint_every: int = 50  # iterations between checkpoints
-    eval_episodes: int = 64  # episodes played without noise with --evaluate
+    eval_every: int = 0  # iterations between evaluations while training, whose best policy is kept as best.pt; 0: none
+    eval_episodes: int = 64  # episodes of an evaluation, played without noise
     capture_video: bool = False  # film the evaluation as mp4 into the run folder; mjlab only
     track: bool = False  # log to Weights & Biases as well
-    wandb_project_name: str = "brrl"  # its project
-    wandb_entity: str | None = None  # its team
-    resume: str | None = None  # run folder to go on with, under its own configuration; takes --device beside it
-    evaluate: str | None = None  # run folder whose policy is played; nothing is trained
+    wandb_project_name: str = "brrl"  # wandb project
+    wandb_entity: str | None = None  # wandb team
+    resume: str | None = None  # run folder to go on with, under its own configuration; --total-timesteps may extend it
+    evaluate: str | None = None  # run folder, or a checkpoint in it, whose policy is played; nothing is trained
+
+
+# config.json has the versions of those that are installed.
+PACKAGES = ("isaaclab", "newton", "mjlab", "mujoco", "mujoco-warp", "warp-lang", "rsl-rl-lib")
+PACKAGES = tuple(name for name in PACKAGES if any(importlib.metadata.distributions(name=name)))
+
+# What stands here for the flags of CleanRL that are missing.
+CLEANRL = {
+    "anneal_lr": "the learning rate follows the KL, see --desired-kl",
+    "clip_coef": "--epsilon is the half-width of BPO's band, and PPO's clip",
+    "cuda": "--device says where it runs",
+    "env_id": "the task is --task",
+    "hf_entity": "nothing is uploaded",
+    "norm_adv": "PPO's advantages are normalised; with --no-online-adv BPO's weights are too",
+    "save_model": "each run saves its model; load_agent(run folder) loads it",
+    "target_kl": "all --update-epochs are run; the learning rate follows --desired-kl",
+    "torch_deterministic": "the networks go by --seed; a simulator on a GPU rounds differently each time",
+    "upload_model": "nothing is uploaded",
+}
 
 
 # What BPO has in place of the tasks' own settings, by a word of the task's name: the authors' changes, and ε 0.3 where they
@@ -168,7 +196,7 @@ def check_args(args):
     """Exits with a line on arguments that can't be."""
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} is not a finite number")
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be a finite number")
     for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_every", "eval_episodes"):
         if getattr(args, name) < 1:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
@@ -180,7 +208,7 @@ def check_args(args):
     for name in ("gamma", "gae_lambda"):
         if not 0 <= getattr(args, name) <= 1:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must lie between 0 and 1")
-    for name in ("desired_kl", "vf_coef", "median_coef"):
+    for name in ("desired_kl", "vf_coef", "median_coef", "eval_every"):
         if not getattr(args, name) >= 0:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} can't be negative")
     if min(args.actor_hidden_dims + args.critic_hidden_dims, default=1) < 1:
@@ -266,7 +294,7 @@ def load_isaaclab(args, launched):
         sys.exit(f"{SCRIPT}: {args.task} can't take {' '.join(args.overrides)}: {str(error).splitlines()[0]}")
     if isinstance(env_cfg, DirectMARLEnvCfg):
         sys.exit(f"{SCRIPT}: {args.task} has several agents, this script trains one")
-    rl_cfg = handle_deprecated_rsl_rl_cfg(rl_cfg, version("rsl-rl-lib"))
+    rl_cfg = handle_deprecated_rsl_rl_cfg(rl_cfg, importlib.metadata.version("rsl-rl-lib"))
     env_cfg.sim.device, env_cfg.scene.num_envs = args.device, args.num_envs
     env_cfg.seed, env_cfg.compute_final_obs = args.seed + RANK, True
 
@@ -277,11 +305,6 @@ def load_isaaclab(args, launched):
         except FileNotFoundError as error:
             sys.exit(f"{SCRIPT}: the task's assets can't be read ({error}): without the asset server, set ISAACSIM_ASSET_ROOT "
                      "to a folder that holds them")  # fmt: skip
-        except (ValueError, ImportError) as error:
-            if not args.overrides:
-                raise
-            reason = str(error).partition("\n")[0]
-            sys.exit(f"{SCRIPT}: {args.task} can't be made with {' '.join(args.overrides)}: {reason}")
         launched.callback(env.close)
         return env
 
@@ -296,7 +319,10 @@ def load_mjlab(args, launched):
 
         if not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
             os.environ["MUJOCO_GL"] = "egl"  # renders without a screen
-    importlib.import_module("mjlab.tasks")  # registers the tasks
+    try:
+        importlib.import_module("mjlab.tasks")  # registers the tasks
+    except Exception as error:  # MUJOCO_GL names a renderer that is not installed
+        sys.exit(f"{SCRIPT}: mjlab can't be imported: {one_line(error)}")
     from mjlab.envs import ManagerBasedRlEnv
     from mjlab.tasks.registry import list_tasks, load_env_cfg, load_rl_cfg
 
@@ -389,6 +415,24 @@ class Envs:
         return actor_obs, critic_obs, final_obs, rewards, terminations, truncations, extras.get("log", {})
 
 
+def make_envs(args, rl_cfg, make_env):
+    """The environments; exits with a line where they can't be made, or memory can't hold what the arguments ask for."""
+    layers = [pair for sizes in (args.actor_hidden_dims, args.critic_hidden_dims) for pair in zip((8, *sizes), sizes)]
+    needed = 16 * sum(a * b for a, b in layers)  # weights, gradients and Adam's moments
+    needed += args.num_envs * (10_000 + 200 * args.num_steps)  # a robot, and a step of it, take more than that
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if args.device.startswith("cuda"):
+        memory = torch.cuda.mem_get_info(args.device)[1]
+    if needed > memory:
+        sys.exit(f"{SCRIPT}: --num-envs (or --eval-episodes), --num-steps, --actor-hidden-dims and --critic-hidden-dims need "
+                 f"at least {needed / 1e9:.0f} GB of memory, {args.device} has {memory / 1e9:.0f}")  # fmt: skip
+    try:
+        return Envs(make_env(), rl_cfg)
+    except Exception as error:  # whatever a task's own code, or a renderer, raises
+        overridden = f" with {' '.join(args.overrides)}" if args.overrides else ""
+        sys.exit(f"{SCRIPT}: {args.task} can't be made{overridden}: {one_line(error)}")
+
+
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
@@ -459,6 +503,12 @@ class Agent(nn.Module):
     def parameter_groups(self):
         """The actor's parameters and the critic's."""
         return [*self.actor.parameters(), self.actor_logstd], list(self.critic.parameters())
+
+    @torch.no_grad()
+    def act(self, obs):
+        """The mean actions for the actor's raw observations (D,) or (N, D), a tensor or an array; so are the actions."""
+        actions = self.actor(torch.as_tensor(obs, dtype=torch.float32, device=self.actor_logstd.device))
+        return actions.to(obs.device) if isinstance(obs, torch.Tensor) else actions.cpu().numpy()
 
     def get_value(self, obs):
         """V(s): critic's observations (..., D) → (...)"""
@@ -657,15 +707,60 @@ def ratio_metrics(agent, batch, args):
 
 
 def new_run_dir(args):
-    """Makes runs/<task>__<script>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
+    """Makes runs/<task>__<exp_name>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
     stamp = int(time.time())
     Path("runs").mkdir(exist_ok=True)
     while True:
-        run_dir = Path("runs") / f"{args.task.replace('/', '-').lstrip('.-')}__{SCRIPT}__{args.seed}__{stamp}"
+        run_dir = Path("runs") / re.sub("[/:]", "-", f"{args.task}__{args.exp_name}__{args.seed}__{stamp}")
         with contextlib.suppress(FileExistsError):
             run_dir.mkdir()
             return run_dir
         stamp += 1
+
+
+def write_config(run_dir, args):
+    """Writes config.json: the arguments, and the versions and the commit that they ran with."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", *PACKAGES)}
+    config = asdict(args) | {"versions": {"python": platform.python_version()} | versions, "commit": commit}
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def start_wandb(args, run_dir):
+    """Weights & Biases as in CleanRL: what TensorBoard gets, the code, the configuration; videos follow at the end."""
+    import wandb
+
+    name, script = run_dir.resolve().name, Path(__file__).resolve()
+    try:
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=name, id=name,
+                   resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+        wandb.save(str(script), base_path=str(script.parent), policy="now")
+    except wandb.errors.Error as error:
+        sys.exit(f"{SCRIPT}: --track: {one_line(error)}")
+
+
+def finish(args, run_dir, writer, title):
+    """Draws the learning curve, names the videos, and hands them to wandb."""
+    with contextlib.suppress(OSError):
+        writer.close()
+    plot_learning_curve(run_dir, title, "iteration")
+    print(f"learning curve: {run_dir / 'learning_curve.png'}")
+    videos = sorted(run_dir.glob("videos/*.mp4"))
+    for video in videos:
+        print(f"video: {video}")
+    if args.track:
+        import wandb
+
+        wandb.log({f"videos/{video.stem}": wandb.Video(str(video)) for video in videos})
+        wandb.finish()
+
+
+def one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def convert(tree, types, function):
@@ -677,8 +772,8 @@ def convert(tree, types, function):
     return function(tree) if isinstance(tree, types) else tree
 
 
-def save_checkpoint(run_dir, checkpoint):
-    """Replaces the run's checkpoint, made of tensors and plain data, in one step: at any instant a whole one is there."""
+def save_checkpoint(run_dir, checkpoint, name="checkpoint.pt"):
+    """Replaces a run's checkpoint, made of tensors and plain data, in one step: at any instant a whole one is there."""
     buffer, temporary = io.BytesIO(), run_dir / "checkpoint.tmp"
     torch.save(convert(checkpoint, np.ndarray | np.generic, lambda array: torch.from_numpy(np.array(array))), buffer)
     try:
@@ -688,15 +783,15 @@ def save_checkpoint(run_dir, checkpoint):
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, run_dir / "checkpoint.pt")
+        os.replace(temporary, run_dir / name)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
 
 
 def load_checkpoint(run_dir):
-    """The checkpoint of a run folder of this script; exits with a line if there is none."""
-    path = Path(run_dir) / "checkpoint.pt"
+    """The checkpoint of a run folder of this script, or that file itself; exits with a line if there is none."""
+    path = Path(run_dir) if Path(run_dir).is_file() else Path(run_dir) / "checkpoint.pt"
     if not path.is_file():
         sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.pt")
     try:
@@ -706,6 +801,16 @@ def load_checkpoint(run_dir):
     except Exception as error:  # damage shows in many ways
         sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
     sys.exit(f"{SCRIPT}: {run_dir} is a run of {checkpoint['script']}.py")
+
+
+def load_agent(run_dir):
+    """The agent of a run folder, or of a checkpoint in it such as best.pt: `load_agent(run_dir).act(obs)`."""
+    checkpoint = load_checkpoint(run_dir)
+    weights = checkpoint["agent"]
+    sizes = weights["actor.mean.0.weight"].shape[1], weights["critic.0.weight"].shape[1], len(weights["actor_logstd"])
+    agent = Agent(*sizes, checkpoint["args"])
+    agent.load_state_dict(weights)
+    return agent
 
 
 def append_episodes(path, size, rows):
@@ -756,15 +861,19 @@ def evaluate(agent, envs, args, run_dir):
     """Plays the first episode of every environment with mean actions; prints their mean return and length."""
     obs, _ = envs.reset()
     returns, over = torch.zeros(envs.num_envs, device=obs.device), torch.zeros(envs.num_envs, dtype=bool, device=obs.device)
-    lengths, frames = torch.zeros_like(returns), []
+    lengths, frames, step = torch.zeros_like(returns), [], 0
     while not over.all():
+        step += 1
         obs, _, _, rewards, terminations, truncations, _ = envs.step(agent.actor(obs))
         returns += rewards * ~over
         lengths += ~over
         over |= terminations | truncations
         if args.capture_video and len(frames) < 1000:
             frames.append(envs.env.render())
-    print(f"evaluation: {returns.mean():.2f} ± {returns.std(correction=0):.2f} (mean ± std of {envs.num_envs} episodes, "
+        if step % 100 == 0:
+            print(f"evaluation, step {step} of {envs.max_episode_length}: {over.sum()} of {envs.num_envs} episodes are over",
+                  flush=True)  # fmt: skip
+    print(f"evaluation: {returns.mean():.5g} ± {returns.std(correction=0):.3g} (mean ± std of {envs.num_envs} episodes, "
           f"mean actions), {lengths.mean():.0f} of {envs.max_episode_length} steps long")  # fmt: skip
     if frames:
         import imageio
@@ -773,14 +882,32 @@ def evaluate(agent, envs, args, run_dir):
         imageio.mimwrite(run_dir / "videos" / "eval.mp4", frames, fps=round(1 / envs.env.step_dt), macro_block_size=1)
 
 
+def evaluate_apart(args, checkpoint):
+    """The mean return of a checkpoint's policy, played by a process of its own, since Isaac Lab has one simulator in each."""
+    command = [sys.executable, __file__, "--evaluate", checkpoint, "--eval-episodes", str(args.eval_episodes)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    played = subprocess.run([*command, "--device", args.device], capture_output=True, text=True, env=environment)
+    if score := re.search(r"^evaluation: (\S+)", played.stdout, re.MULTILINE):
+        return float(score[1])
+    tqdm.write(f"{SCRIPT}: the evaluation failed: {(played.stderr.splitlines() or ['no output'])[-1]}", file=sys.stderr)
+    return math.nan
+
+
 # Training -------------------------------------------------------------------------------------------------------------
 
 
 def train(args):
     """Trains, evaluates, exports and draws the learning curve; returns the run folder."""
     checkpoint = load_checkpoint(args.resume) if args.resume else None
-    settings = checkpoint["args"] if checkpoint else args
-    args = replace(settings, resume=args.resume, device=args.device or settings.device or best_device())
+    if checkpoint:
+        run_dir, settings, done = Path(args.resume), checkpoint["args"], checkpoint["state"]["step"]
+        if run_dir.is_file():
+            sys.exit(f"{SCRIPT}: --resume {run_dir}: a run goes on from its folder, and the checkpoint.pt in it")
+        total_timesteps = settings.total_timesteps if args.total_timesteps is None else args.total_timesteps
+        if done > total_timesteps:
+            sys.exit(f"{SCRIPT}: {run_dir} is at step {done} already, beyond --total-timesteps {total_timesteps}")
+        args = replace(settings, total_timesteps=total_timesteps, device=args.device or settings.device)
+    args = replace(args, device=args.device or best_device())
     if WORLD_SIZE > 1:
         cuda = args.device.startswith("cuda")
         args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device)
@@ -790,9 +917,10 @@ def train(args):
         rl_cfg, make_env = load_task(args, launched)
         args = stock_settings(rl_cfg, args)
         check_args(args)
-        envs = Envs(make_env(), rl_cfg)
+        envs = make_envs(args, rl_cfg, make_env)
         try:
-            run_dir = Path(args.resume) if checkpoint else new_run_dir(args) if first else None
+            if not checkpoint:
+                run_dir = new_run_dir(args) if first else None
             run_dir = train_in(envs, args, checkpoint, run_dir, first)
         except OSError as error:  # here, since Isaac Lab prints the trace of all that leaves it
             sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
@@ -802,26 +930,21 @@ def train(args):
 
 
 def train_in(envs, args, checkpoint, run_dir, first):
-    if first and not checkpoint:
-        (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2))
-        (run_dir / "episodes.csv").write_text(CSV_HEADER)
     if first:
+        if not checkpoint:
+            (run_dir / "episodes.csv").write_text(CSV_HEADER)
+        write_config(run_dir, args)
         print(f"run folder: {run_dir}", flush=True)
-    if args.track and first:
-        import wandb
+        if args.track:
+            start_wandb(args, run_dir)
 
-        try:
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
-                       id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
-        except wandb.errors.Error as error:
-            sys.exit(f"{SCRIPT}: --track: {error}".splitlines()[0])
-
-    state = checkpoint["state"] if checkpoint else {"step": 0, "seconds": 0.0, "csv_size": len(CSV_HEADER), "curriculum": 0}
+    state = {"step": 0, "seconds": 0.0, "csv_size": len(CSV_HEADER), "curriculum": 0, "best": -math.inf}
+    state |= checkpoint["state"] if checkpoint else {}
     batch_size = args.num_envs * args.num_steps * WORLD_SIZE
     iteration, num_iterations, csv_size = state["step"] // batch_size, args.total_timesteps // batch_size, state["csv_size"]
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(args.seed + 1_000 * iteration + RANK)
-    stopped_by = []
+    stopped_by, best = [], state["best"]
 
     def stop(signum, frame):
         stopped_by.append(signum)  # the iteration ends and is saved
@@ -848,11 +971,11 @@ def train_in(envs, args, checkpoint, run_dir, first):
             if (before := state["world_size"]) != WORLD_SIZE:
                 print(f"before there were {before} processes, now {WORLD_SIZE}: batches change with them")
 
-    def save():
-        state = {"step": iteration * batch_size, "seconds": time.time() - start_time, "csv_size": csv_size,
+    def save(name="checkpoint.pt"):
+        state = {"step": iteration * batch_size, "seconds": time.time() - start_time, "csv_size": csv_size, "best": best,
                  "curriculum": int(envs.env.unwrapped.common_step_counter), "world_size": WORLD_SIZE}  # fmt: skip
         save_checkpoint(run_dir, {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "state": state,
-                                  "optimizer": optimizer.state_dict()})  # fmt: skip
+                                  "optimizer": optimizer.state_dict()}, name)  # fmt: skip
 
     if first and not checkpoint:
         save()
@@ -864,9 +987,12 @@ def train_in(envs, args, checkpoint, run_dir, first):
     steps |= {name: torch.zeros((*shape, envs.num_actions), device=args.device) for name in ("actions", "means")}
     episode_return, episode_length = torch.zeros((2, args.num_envs), device=args.device)
     writer = SummaryWriter(run_dir, purge_step=iteration * batch_size + 1) if first else None
+    if first:
+        writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
     recent_returns, last = deque(maxlen=20), iteration == num_iterations
     progress = tqdm(total=num_iterations * batch_size, initial=iteration * batch_size, unit=" steps",
                     disable=None if first else True)  # fmt: skip
+    next_line = time.time() + 60
 
     while not last:
         # Rollout. All stays on the device; what the episodes that end have come to is summed there.
@@ -914,7 +1040,8 @@ def train_in(envs, args, checkpoint, run_dir, first):
         last = iteration == num_iterations or signals > 0  # all processes stop together
         if not first:
             continue
-        charts = {"charts/learning_rate": learning_rate, "charts/SPS": int(global_step / (time.time() - start_time))}
+        steps_per_second = global_step / (time.time() - start_time)
+        charts = {"charts/learning_rate": learning_rate, "charts/SPS": int(steps_per_second)}
         charts |= {f"losses/{name}": value for name, value in metrics.items()}
         charts |= {f"task/{name}": float(value) / metric_counts[name] for name, value in metric_sums.items()}
         rows = []
@@ -923,6 +1050,13 @@ def train_in(envs, args, checkpoint, run_dir, first):
             charts |= {"charts/episodic_return": recent_returns[-1], "charts/episodic_length": total_length / episodes}
             rows = [(global_step, recent_returns[-1], round(total_length / episodes), time.time() - start_time)]
         try:
+            if args.eval_every and iteration % args.eval_every == 0:
+                save("candidate.pt")
+                charts["eval/mean_return"] = evaluate_apart(args, run_dir / "candidate.pt")
+                (run_dir / "candidate.pt").unlink()
+                if charts["eval/mean_return"] > best:
+                    best = charts["eval/mean_return"]
+                    save("best.pt")
             for name, value in charts.items():
                 writer.add_scalar(name, value, global_step)
             writer.flush()
@@ -935,54 +1069,76 @@ def train_in(envs, args, checkpoint, run_dir, first):
                 save()
         except OSError as error:
             tqdm.write(f"{SCRIPT}: not saved at step {global_step}: {error}", file=sys.stderr)
-        progress.set_postfix({"return": f"{np.mean(recent_returns):.2f}" if recent_returns else "-"}, refresh=False)
+        recent = f"{np.mean(recent_returns):.2f}" if recent_returns else "-"
+        progress.set_postfix({"return": recent}, refresh=False)
         progress.update(batch_size)
+        if progress.disable and time.time() > next_line:
+            next_line = time.time() + 60
+            left = tqdm.format_interval((num_iterations * batch_size - global_step) / steps_per_second)
+            print(f"step {global_step:,}: return {recent}, {steps_per_second:.0f} steps/s, {left} left", flush=True)
 
     progress.close()
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
     if not first:
         return None
+    title = f"{args.task}, {SCRIPT} --loss {args.loss}, seed {args.seed}"
     if iteration < num_iterations:
+        finish(args, run_dir, writer, title)
         program = f"torchrun --nproc-per-node {WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
         print(f"stopped at step {iteration * batch_size}; to go on: {program} {SCRIPT}.py --resume {run_dir}")
         sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
     evaluate(agent, envs, args, run_dir)
     export_policy(agent, run_dir)
-    writer.close()
-    plot_learning_curve(run_dir, f"{args.task}, {SCRIPT} --loss {args.loss}, seed {args.seed}", "iteration")
-    print(f"learning curve: {run_dir / 'learning_curve.png'}, for deployment: {run_dir / 'exported'}")
+    print(f"for deployment: {run_dir / 'exported'}")
+    finish(args, run_dir, writer, title)
     return run_dir
 
 
+def command_line():
+    """The arguments, and the names of the flags that were given. A whole number may be written as 1e6.
+
+    Words without dashes, such as env.episode_length_s=5, are overrides of the task.
+    """
+    whole = lambda match: match[1] + (str(int(float(match[2]))) if float(match[2]).is_integer() else match[2])  # noqa: E731
+    words = [re.sub(r"^(--[\w-]+=|)(\d+(?:\.\d+)?e\d+)$", whole, word, flags=re.IGNORECASE) for word in sys.argv[1:]]
+    name = lambda word: word.split("=")[0].strip("-").replace("-", "_").removeprefix("no_")  # noqa: E731
+    given = {name(word) for word in words if word.startswith("--")}
+    args, overrides = tyro.cli(Args, args=words, return_unknown_args=True)
+    for word in overrides:
+        if word.startswith("-") or "=" not in word:
+            no_flag = "no flag of --help, nor an override of the task such as env.episode_length_s=5"
+            sys.exit(f"{SCRIPT}: {word}: {CLEANRL.get(name(word), no_flag)}")
+    return replace(args, overrides=tuple(overrides)), given
+
+
 def main():
-    args, overrides = tyro.cli(Args, return_unknown_args=True)
-    if args.loss == "ppo":
-        args, overrides = tyro.cli(Args, default=Args(loss="ppo", reevaluate=False), return_unknown_args=True)
-    if wrong := [text for text in overrides if text.startswith("-") or "=" not in text]:
-        sys.exit(f"{SCRIPT}: {wrong[0]} is no flag of --help, nor an override of the task such as env.episode_length_s=5")
-    if args.resume and (args != Args(resume=args.resume, device=args.device) or overrides):
-        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag but --device")
-    if args.evaluate:
-        device = args.device or best_device()
-        played = dict(eval_episodes=args.eval_episodes, capture_video=args.capture_video, device=device)
-        if replace(args, device=device) != Args(evaluate=args.evaluate, **played) or overrides:
-            sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-episodes, "
-                     "--capture-video and --device")  # fmt: skip
-        if args.eval_episodes < 1:
-            sys.exit(f"{SCRIPT}: --eval-episodes must be at least 1")
-        checkpoint = load_checkpoint(args.evaluate)
-        settings = replace(checkpoint["args"], num_envs=args.eval_episodes, **played)
-        with contextlib.ExitStack() as launched:
-            rl_cfg, make_env = load_task(settings, launched)
-            envs = Envs(make_env(), rl_cfg)
-            obs, critic_obs = envs.reset()
-            envs.env.unwrapped.common_step_counter = checkpoint["state"]["curriculum"]
-            agent = Agent(obs.shape[1], critic_obs.shape[1], envs.num_actions, settings).to(device)
-            agent.load_state_dict(checkpoint["agent"])
-            evaluate(agent, envs, settings, Path(args.evaluate))
-    else:
-        train(replace(args, overrides=tuple(overrides)))
+    args, given = command_line()
+    if args.loss == "ppo" and "reevaluate" not in given:
+        args = replace(args, reevaluate=False)
+    if args.resume and (given - {"resume", "total_timesteps", "device"} or args.overrides):
+        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration; only --total-timesteps and --device can be "
+                 "given beside it")  # fmt: skip
+    if args.evaluate and (given - {"evaluate", "eval_episodes", "capture_video", "device"} or args.overrides):
+        sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-episodes, --capture-video and "
+                 "--device")  # fmt: skip
+    if not args.evaluate:
+        train(args)
+        return
+    if args.eval_episodes < 1:
+        sys.exit(f"{SCRIPT}: --eval-episodes must be at least 1")
+    path, checkpoint = Path(args.evaluate), load_checkpoint(args.evaluate)
+    settings = replace(checkpoint["args"], num_envs=args.eval_episodes, capture_video=args.capture_video,
+                       device=args.device or best_device())  # fmt: skip
+    with contextlib.ExitStack() as launched:
+        rl_cfg, make_env = load_task(settings, launched)
+        envs = make_envs(settings, rl_cfg, make_env)
+        envs.reset()
+        envs.env.unwrapped.common_step_counter = checkpoint["state"]["curriculum"]
+        run_dir = path.parent if path.is_file() else path
+        evaluate(load_agent(path).to(settings.device), envs, settings, run_dir)
+        if args.capture_video:
+            print(f"video: {run_dir / 'videos' / 'eval.mp4'}")
 
 
 if __name__ == "__main__":

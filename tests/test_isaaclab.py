@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -379,13 +380,188 @@ def test_a_stopped_run_goes_on_and_says_that_episodes_begin_anew(point_mass, cap
     assert steps == sorted(set(steps)) and steps[-1] == 32 * 8 * 8
 
 
-def run_two_processes(tmp_path, program, port):
-    preamble = f"""
+def main(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["bpo_isaaclab.py", *map(str, flags)])
+    bpo.main()
+
+
+FLAGS = ["--num-envs", 32, "--num-steps", 8, "--update-epochs", 2, "--actor-hidden-dims", 16, "--critic-hidden-dims", 16]
+FLAGS += ["--device", "cpu"]
+
+
+def test_words_without_dashes_are_overrides_and_a_whole_number_may_be_a_power_of_ten(monkeypatch):
+    words = "--num-envs=1e3 env.x=1e6 --total-timesteps 1e6 agent.y=[1,2] --learning-rate 1e-3 --no-use-median"
+    monkeypatch.setattr(sys, "argv", ["bpo_isaaclab.py", *words.split()])
+    args, given = bpo.command_line()
+    assert (args.num_envs, args.total_timesteps, args.learning_rate, args.use_median) == (1000, 1_000_000, 1e-3, False)
+    assert args.overrides == ("env.x=1e6", "agent.y=[1,2]")
+    assert given == {"num_envs", "total_timesteps", "learning_rate", "use_median"}
+
+
+def test_a_finished_run_can_be_extended_and_keeps_its_configuration(point_mass, monkeypatch, capsys):
+    run_dir = bpo.train(bpo.Args(total_timesteps=256 * 4, **SMALL))
+    for flags in (["--seed", 1], ["--task", "Isaac-Humanoid"], ["--reevaluate"], ["--gamma=0.97"]):
+        with pytest.raises(SystemExit, match="only --total-timesteps and --device"):
+            main(monkeypatch, "--resume", run_dir, *flags)
+        with pytest.raises(SystemExit, match="--eval-episodes, --capture-video and --device"):
+            main(monkeypatch, "--evaluate", run_dir, *flags)
+    before = {path: path.read_bytes() for path in run_dir.glob("*.*")}
+    for total in (0, 256, 256 * 3 + 9):
+        with pytest.raises(SystemExit, match=f"is at step {256 * 4} already, beyond --total-timesteps {total}$"):
+            main(monkeypatch, "--resume", run_dir, "--total-timesteps", total)
+    with pytest.raises(SystemExit, match="from its folder"):
+        main(monkeypatch, "--resume", run_dir / "checkpoint.pt")
+    assert before == {path: path.read_bytes() for path in run_dir.glob("*.*")}
+    monkeypatch.chdir(run_dir)
+    main(monkeypatch, "--resume", ".", "--total-timesteps", 256 * 6, "--device", "cpu")
+    assert "new episodes begin" in capsys.readouterr().out
+    assert checkpoint(".")["state"]["step"] == checkpoint(".")["args"]["total_timesteps"] == 256 * 6
+    config = json.loads(Path("config.json").read_text())
+    assert (config["total_timesteps"], config["gamma"], config["resume"]) == (256 * 6, 0.97, None)
+
+
+def test_load_agent_acts_as_the_evaluation_does_without_a_simulator(point_mass, monkeypatch, capsys):
+    run_dir = bpo.train(bpo.Args(total_timesteps=256 * 5, eval_episodes=32, **SMALL))
+    capsys.readouterr()
+    main(monkeypatch, "--evaluate", run_dir / "checkpoint.pt", "--eval-episodes", 32, "--device", "cpu")
+    played = capsys.readouterr().out
+    monkeypatch.setattr(bpo, "load_task", None)
+    agent, env, score, over = bpo.load_agent(str(run_dir)), PointMass(32), 0, torch.zeros(32, dtype=bool)
+    env.reset()  # `main` and `evaluate` reset once each
+    obs, _ = env.reset()
+    while not over.all():
+        obs, rewards, terminated, truncated, _ = env.step(agent.act(obs["policy"]))
+        score += (rewards * ~over).mean()
+        over |= terminated | truncated
+    assert f"evaluation: {score:.5g} ±" in played
+    raw = torch.linspace(-9, 9, 5)[:, None]
+    actions = agent.act(raw)
+    assert actions.std() > 0.01 and not actions.requires_grad
+    torch.testing.assert_close(torch.from_numpy(agent.act(raw.double().numpy())), actions)
+    torch.testing.assert_close(agent.act(raw[3]), actions[3])
+    torch.testing.assert_close(torch.jit.load(run_dir / "exported" / "policy.pt")(raw), actions)
+
+
+def test_networks_without_hidden_layers_or_statistics_are_loaded_too(point_mass):
+    settings = SMALL | {"actor_hidden_dims": (), "norm_obs": False}
+    run_dir = bpo.train(bpo.Args(total_timesteps=256, **settings))
+    assert bpo.load_agent(run_dir).act(torch.ones(3, 1)).shape == (3, 1)
+
+
+PREAMBLE = f"""
 import os, signal, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch, bpo_isaaclab as bpo, test_isaaclab as stand_in
 bpo.load_task = stand_in.load_point_mass
 """
-    (tmp_path / "program.py").write_text(preamble + program)
+
+
+def test_the_best_policy_of_the_evaluations_on_the_way_is_kept(point_mass, tmp_path, monkeypatch, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "program.py").write_text(PREAMBLE + "bpo.main()")
+    monkeypatch.setattr(bpo, "__file__", str(tmp_path / "program.py"))
+    args = bpo.Args(total_timesteps=256 * 6, eval_episodes=8, learning_rate=1e-2, device="cpu", **SMALL)
+    run_dir, plain = bpo.train(dataclasses.replace(args, eval_every=2)), bpo.train(args)
+    weights, others = checkpoint(run_dir)["agent"], checkpoint(plain)["agent"]
+    assert all(torch.equal(weights[name], others[name]) for name in weights)  # to look on changes nothing
+    scores = [(event.step, event.value) for event in EventAccumulator(str(run_dir)).Reload().Scalars("eval/mean_return")]
+    assert [step for step, _ in scores] == [512, 1024, 1536]
+    best = torch.load(run_dir / "best.pt", weights_only=True)["state"]
+    assert (best["step"], best["best"]) == pytest.approx(max(scores, key=lambda pair: pair[1]))
+    assert not list(run_dir.glob("candidate*")) and not list(plain.glob("best*"))
+    capsys.readouterr()
+    main(monkeypatch, "--evaluate", run_dir / "best.pt", "--eval-episodes", 8, "--device", "cpu")
+    assert f"evaluation: {best['best']:.5g} ±" in capsys.readouterr().out
+    assert bpo.load_agent(run_dir / "best.pt").act(torch.zeros(1)).shape == (1,)
+
+
+def test_an_evaluation_that_fails_on_the_way_is_told_and_costs_no_training(point_mass, tmp_path, monkeypatch, capsys):
+    (tmp_path / "program.py").write_text("raise MemoryError('none left')")
+    monkeypatch.setattr(bpo, "__file__", str(tmp_path / "program.py"))
+    run_dir = bpo.train(bpo.Args(total_timesteps=256 * 2, eval_every=1, device="cpu", **SMALL))
+    assert capsys.readouterr().err.count("the evaluation failed: MemoryError: none left\n") == 2
+    assert checkpoint(run_dir)["state"]["step"] == 256 * 2 and not (run_dir / "best.pt").exists()
+
+
+def test_without_a_terminal_a_line_a_minute_says_how_far_it_is(point_mass, monkeypatch, capsys):
+    clock, start = bpo.time.time, bpo.time.time()
+    monkeypatch.setattr(bpo.time, "time", lambda: start + 1000 * (clock() - start))
+    bpo.train(bpo.Args(total_timesteps=256 * 10, **SMALL))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert lines and all(word in lines[0] for word in ("return", "steps/s", "left"))
+
+
+def test_a_long_evaluation_shows_where_it_is(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(PointMass, "max_episode_length", 250)
+    envs = bpo.Envs(PointMass(4), rl_cfg())
+    step = PointMass.step
+    calls = []
+
+    def unending(self, actions):
+        obs, rewards, _, _, extras = step(self, actions)
+        calls.append(self)
+        return obs, rewards, torch.zeros(4, dtype=bool), torch.full((4,), len(calls) == 250), extras
+
+    monkeypatch.setattr(PointMass, "step", unending)
+    args = bpo.stock_settings(rl_cfg(), bpo.Args(**SMALL))
+    bpo.evaluate(bpo.Agent(1, 2, 1, args), envs, args, tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "of 250: 0 of 4 episodes" in line]
+    assert len(lines) == 2
+
+
+def test_config_and_events_tell_versions_commit_and_flags(point_mass):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = bpo.train(bpo.Args(total_timesteps=256, exp_name="first/try", **SMALL))
+    assert run_dir.name.startswith("Isaac-Humanoid__first-try__1__")
+    config = json.loads((run_dir / "config.json").read_text())
+    assert {"python", "torch", "numpy"} <= set(config["versions"]) and len(config["commit"].removesuffix("-dirty")) == 40
+    for package in ("mjlab", "isaaclab"):
+        assert (package in config["versions"]) == (importlib.util.find_spec(package) is not None)
+    (text,) = EventAccumulator(str(run_dir)).Reload().Tensors("hyperparameters/text_summary")
+    assert b"|epsilon|0.3|" in text.tensor_proto.string_val[0]
+
+
+def test_the_curve_is_drawn_after_a_signal_too(point_mass, monkeypatch, capsys):
+    update = bpo.update
+    monkeypatch.setattr(bpo, "update", lambda *args: (os.kill(os.getpid(), signal.SIGINT), update(*args))[1])
+    with pytest.raises(SystemExit):
+        bpo.train(bpo.Args(total_timesteps=256 * 4, **SMALL))
+    (run_dir,) = Path("runs").iterdir()
+    assert (run_dir / "learning_curve.png").exists() and "stopped at step 256; to go on" in capsys.readouterr().out
+
+
+def test_wandb_gets_the_code_and_a_resumed_run_keeps_its_name(tmp_path):
+    (tmp_path / "program.py").write_text(PREAMBLE + "bpo.main()")
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
+
+    def run(folder, *flags):
+        command = [sys.executable, str(tmp_path / "program.py"), *map(str, flags)]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr
+
+    run(tmp_path, *FLAGS, "--total-timesteps", 256, "--track")
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    run(run_dir, "--resume", ".", "--total-timesteps", 512)
+    folders = list(run_dir.glob("wandb/offline-run-*"))
+    assert len(folders) == 2 and all(folder.name.endswith(run_dir.name) for folder in folders)
+    assert all((folder / "files" / "bpo_isaaclab.py").exists() for folder in folders)
+
+
+@pytest.mark.parametrize("overrides", [(), ("physics=none",)])
+def test_an_error_of_a_task_s_own_code_is_one_line(overrides, point_mass, monkeypatch):
+    def broken():
+        raise KeyError("no such\nmodel")
+
+    monkeypatch.setattr(bpo, "load_task", lambda args, launched: (rl_cfg(), broken))
+    words = "Isaac-Humanoid can't be made" + "".join(f" with {override}" for override in overrides) + ": KeyError: "
+    with pytest.raises(SystemExit, match=words) as stop:
+        bpo.train(bpo.Args(overrides=overrides, **SMALL))
+    assert "\n" not in stop.value.code and not Path("runs").exists()
+
+
+def run_two_processes(tmp_path, program, port):
+    (tmp_path / "program.py").write_text(PREAMBLE + program)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "program.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
@@ -436,9 +612,15 @@ def test_a_single_episode_of_any_run_can_be_played(point_mass, monkeypatch, caps
 BAD_INPUT = [
     (["--epsilom", "1"], "--epsilom"),
     (["nonsense"], "override"),
+    (["--clip-coef", "0.2"], "--epsilon"),
+    (["--no-cuda"], "--device"),
+    (["--target_kl=0.01", "env.episode_length_s=5"], "--desired-kl"),
+    (["--env-id", "Isaac-Ant"], "--task"),
     (["--capture-video"], "Isaac Sim"),
     (["--resume", "nowhere"], "nowhere"),
-    (["--resume", "nowhere", "--seed", "3"], "no other flag"),
+    (["--resume", "nowhere", "--seed", "3"], "only --total-timesteps and --device"),
+    (["--resume", "nowhere", "env.episode_length_s=5"], "only --total-timesteps and --device"),
+    (["--evaluate", "nowhere", "env.episode_length_s=5"], "--eval-episodes"),
     (["--resume", "nowhere", "--device", "cpu"], "nowhere"),
     (["--evaluate", "nowhere"], "nowhere"),
     (["--evaluate", "nowhere", "--seed", "3"], "--eval-episodes"),
@@ -488,6 +670,10 @@ def test_bad_input_is_answered_in_one_line(flags, words, tmp_path, monkeypatch):
      ({"epsilon": 1.5}, "--epsilon"), ({"temperature": 0.0}, "--temperature"), ({"num_minibatches": 999}, "--num-minibatches"),
      ({"gamma": 1.5}, "--gamma"), ({"gae_lambda": -3.0}, "--gae-lambda"), ({"desired_kl": -1.0}, "--desired-kl"),
      ({"median_coef": -1.0}, "--median-coef"), ({"actor_hidden_dims": (-4,)}, "--actor-hidden-dims"),
+     ({"eval_every": -1}, "--eval-every"), ({"num_envs": 10**9, "total_timesteps": 10**13}, "--num-envs"),
+     ({"num_steps": 10**12, "total_timesteps": 10**15}, "--num-steps"),
+     ({"actor_hidden_dims": (10**6, 10**6)}, "--actor-hidden-dims"),
+     ({"critic_hidden_dims": (10**11,)}, "--critic-hidden-dims"),
      ({"total_timesteps": 9}, "--total-timesteps"), ({"activation": "none"}, "--activation"), ({"num_envs": 0}, "--num-envs")],
 )  # fmt: skip
 def test_impossible_settings_are_answered_in_one_line(flags, words, point_mass):

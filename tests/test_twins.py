@@ -35,6 +35,7 @@ SHARED_WITH_ATARI |= {
 }
 SHARED_WITH_ISAACLAB = {"gae", "target_ratio", "bpo_loss", "median_loss", "convert", "SCRIPT"}
 SHARED_WITH_ISAACLAB |= {"save_checkpoint", "load_checkpoint", "append_episodes", "plot_learning_curve"}
+SHARED_WITH_ISAACLAB |= {"write_config", "start_wandb", "one_line"}
 LOSSES = {"target_ratio", "bpo_loss", "median_loss", "ppo_loss", "clipped_value_loss"}
 
 
@@ -67,12 +68,13 @@ def test_bpo_isaaclab_shares_loss_and_run_folder():
     isaac, continuous, ppo = (definitions(script) for script in ("bpo_isaaclab.py", "bpo_continuous.py", "ppo_baseline.py"))
     assert {name for name in set(isaac) & set(continuous) if isaac[name] == continuous[name]} == SHARED_WITH_ISAACLAB
     assert all(isaac[name] == ppo[name] for name in ("ppo_loss", "clipped_value_loss"))
+    assert isaac["new_run_dir"].replace("task", "env_id") == continuous["new_run_dir"].replace("<env>", "<env_id>")
+    assert isaac["finish"].replace(', "iteration"', "") == continuous["finish"]
 
 
 def test_gbpo_llm_shares_what_it_can_of_the_run_folder():
-    llm, isaac, continuous = (definitions(script) for script in ("gbpo_llm.py", "bpo_isaaclab.py", "bpo_continuous.py"))
+    llm, continuous = (definitions(script) for script in ("gbpo_llm.py", "bpo_continuous.py"))
     assert {name for name in set(llm) & set(continuous) if llm[name] == continuous[name]} == {"SCRIPT", "append_episodes"}
-    assert llm["new_run_dir"] == isaac["new_run_dir"]
 
 
 def test_the_diff_stays_short():
