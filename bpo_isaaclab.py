@@ -123,7 +123,7 @@ CLEANRL = {
     "norm_adv": "PPO's advantages are normalised; with --no-online-adv BPO's weights are too",
     "save_model": "each run saves its model; load_agent(run folder) loads it",
     "target_kl": "all --update-epochs are run; the learning rate follows --desired-kl",
-    "torch_deterministic": "the networks go by --seed; a simulator on a GPU rounds differently each time",
+    "torch_deterministic": "the networks go by --seed; a simulator on a GPU may round differently each time",
     "upload_model": "nothing is uploaded",
 }
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -797,12 +798,14 @@ def test_the_peer_trains_on_isaac_lab(isaac_assets, tmp_path):
 @pytest.mark.parametrize("task", ["Isaac-Ant", "Isaac-Humanoid"])
 def test_isaac_lab_s_walkers_train(task, isaac_assets, tmp_path):
     flags = ["--task", task, "--num-envs", 16, "--total-timesteps", 16 * 32 * 3, "env.episode_length_s=1"]
+    flags += ["--eval-every", 2, "--eval-episodes", 4]
     output = run_real(tmp_path, *flags, **isaac_assets)
     assert math.isfinite(score(output))
     assert int(output.split("mean actions), ")[1].split()[0]) > 25  # a humanoid in free fall is out after 20 steps
     (run_dir,) = (tmp_path / "runs").iterdir()
     config = json.loads((run_dir / "config.json").read_text())
     assert config["actor_hidden_dims"] == [400, 200, 100] and config["num_steps"] == 32
+    assert config["versions"]["isaaclab"] and (run_dir / "best.pt").exists()
     assert {path.name for path in (run_dir / "exported").iterdir()} == {"policy.pt", "policy.onnx"}
 
 
@@ -832,9 +835,22 @@ def test_mjlab_s_settings_are_overridden_by_values_of_their_kind(monkeypatch):
     assert cfg.episode_length_s == 3 and cfg.auto_reset is False
 
 
+def test_a_renderer_that_does_not_work_is_one_line_before_there_is_a_run_folder(tmp_path):
+    if importlib.util.find_spec("mjlab") is None:
+        pytest.skip("mjlab is not installed (pip install -r requirements-mjlab.txt)")
+    command = [sys.executable, str(ROOT / "bpo_isaaclab.py"), "--task", "Mjlab-Cartpole-Balance", "--device", "cpu"]
+    for variables in ({"DISPLAY": ":77", "MUJOCO_GL": "glfw"}, {"MUJOCO_GL": "nonsense"}):
+        result = subprocess.run([*command, "--num-envs", "4", "--capture-video"], cwd=tmp_path, capture_output=True, text=True,
+                                env=os.environ | variables)  # fmt: skip
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("bpo_isaaclab: ")]
+        assert result.returncode == 1 and re.search("mjlab can't be imported|Mjlab-Cartpole-Balance can't be made", line)
+        assert "Traceback" not in result.stderr and not list(tmp_path.iterdir())
+
+
 def test_mjlab_is_filmed_without_a_screen(tmp_path):
     if importlib.util.find_spec("mjlab") is None:
         pytest.skip("mjlab is not installed (pip install -r requirements-mjlab.txt)")
     flags = ["--task", "Mjlab-Cartpole-Balance", "--num-envs", 4, "--num-steps", 4, "--total-timesteps", 16]
-    run_real(tmp_path, *flags, "--capture-video", "env.episode_length_s=0.5")
-    assert list((tmp_path / "runs").glob("*/videos/eval.mp4"))
+    output = run_real(tmp_path, *flags, "--capture-video", "--eval-every", 1, "env.episode_length_s=0.5")
+    (video,) = (tmp_path / "runs").glob("*/videos/eval.mp4")
+    assert f"video: {video.relative_to(tmp_path)}\n" in output and (video.parent.parent / "best.pt").exists()
