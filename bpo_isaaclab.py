@@ -1074,7 +1074,7 @@ def train_in(envs, args, checkpoint, run_dir, first):
         progress.update(batch_size)
         if progress.disable and time.time() > next_line:
             next_line = time.time() + 60
-            left = tqdm.format_interval((num_iterations * batch_size - global_step) / steps_per_second)
+            left = progress.format_interval((num_iterations * batch_size - global_step) / steps_per_second)
             print(f"step {global_step:,}: return {recent}, {steps_per_second:.0f} steps/s, {left} left", flush=True)
 
     progress.close()
@@ -1101,7 +1101,7 @@ def command_line():
     Words without dashes, such as env.episode_length_s=5, are overrides of the task.
     """
     whole = lambda match: match[1] + (str(int(float(match[2]))) if float(match[2]).is_integer() else match[2])  # noqa: E731
-    words = [re.sub(r"^(--[\w-]+=|)(\d+(?:\.\d+)?e\d+)$", whole, word, flags=re.IGNORECASE) for word in sys.argv[1:]]
+    words = [re.sub(r"^(--[\w-]+=|)(\d*\.?\d+e\+?\d+)$", whole, word, flags=re.IGNORECASE) for word in sys.argv[1:]]
     name = lambda word: word.split("=")[0].strip("-").replace("-", "_").removeprefix("no_")  # noqa: E731
     given = {name(word) for word in words if word.startswith("--")}
     args, overrides = tyro.cli(Args, args=words, return_unknown_args=True)
