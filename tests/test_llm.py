@@ -294,13 +294,12 @@ def test_before_the_first_step_a_target_of_one_pulls_at_nothing():
     prompts, answers = random_groups(1, 4)
     policy = policy_of(tiny_llama().float())
     rows = gbpo.pack(prompts, answers, 4, gbpo.fill_rows(prompts, answers, 4, range(4), 1000))
-    batch = {"on_policy": True, "advantages": torch.ones(4), "target_ratios": torch.ones(4)}
-    batch |= {"old_logprobs": torch.zeros(4, 7)}
-    (loss, kl), logratio = gbpo.microbatch_loss(policy, rows, batch, SMALL)
+    batch = {"advantages": torch.ones(4), "target_ratios": torch.ones(4)}
+    (loss, kl, entropy), logratio = gbpo.microbatch_terms(policy, rows, batch, SMALL)
     loss.backward()
-    assert float(loss) == float(kl) == 0 and (logratio == 0).all()
+    assert float(loss) == float(kl) == float(entropy) == 0 and (logratio == 0).all()
     assert all((parameter.grad == 0).all() for parameter in policy.parameters())
-    assert torch.equal(batch["old_logprobs"][rows.answers, : rows.mask.shape[1]], policy("logprobs", rows))
+    assert torch.equal(rows.old_logprobs, policy("logprobs", rows))
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -316,7 +315,6 @@ def test_an_update_does_not_depend_on_micro_batches_or_rows(level):
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
         batch = {"advantages": gbpo.group_advantages(rewards).flatten(), "groups": torch.arange(16).view(4, 4)[[0, 2, 3]]}
         batch["target_ratios"] = gbpo.group_target_ratios(rewards, 0.3, 0.3, 1e-4).flatten()
-        batch |= {name: torch.zeros(16, 7, dtype=torch.float64) for name in ("old_logprobs", "reference_logprobs")}
         accelerator, generator = gbpo.Accelerator(cpu=True), torch.Generator().manual_seed(0)
         first = partial(policy_of(tiny_llama()), "logprobs")
         metrics = gbpo.update(policy, first, optimizer, prompts, answers, batch, args, accelerator, generator)
@@ -367,7 +365,8 @@ def test_models_that_mix_answers_in_a_row_are_found_out_and_have_a_row_each(kind
     prompts, answers = [[3, 4, 5, 6, 7, 8]], [[7, 8, 9, 10, 11, 12], [11, 12, 13]]
     policy = policy_of(model)
     with pytest.raises(SystemExit, match="--row-tokens 0"):
-        gbpo.check_rows(policy, prompts, replace(SMALL, max_new_tokens=6))
+        gbpo.check_model(policy, prompts, replace(SMALL, max_new_tokens=6))
+    gbpo.check_model(policy, prompts, replace(SMALL, max_new_tokens=6, row_tokens=0))
     with torch.no_grad():
         for row, answer in zip(policy("logprobs", gbpo.pack(prompts, answers, 2, [[0], [1]])), answers):
             assert torch.allclose(row[: len(answer)], slow_logprobs(model, prompts[0], answer), atol=1e-3)
@@ -394,7 +393,7 @@ def test_only_the_text_part_of_a_model_that_sees_images_learns(monkeypatch):
         learned = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
         assert learned and all("language_model" in name for name in learned)
     with pytest.raises(SystemExit, match="--row-tokens 0"):  # the window is in a configuration of its own
-        gbpo.check_rows(policy, [[3, 4, 5, 6]], replace(SMALL, max_new_tokens=6))
+        gbpo.check_model(policy, [[3, 4, 5, 6]], replace(SMALL, max_new_tokens=6))
 
 
 def test_adapters_are_no_model_and_a_damaged_tokenizer_is_one_line(tmp_path):

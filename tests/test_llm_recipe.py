@@ -1,0 +1,546 @@
+"""The paper's recipe in gbpo_llm.py, models that can't be trained, and log-probabilities in bfloat16."""
+
+import copy
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("transformers", reason="gbpo_llm.py's own requirements, requirements-llm.txt, are not installed")
+
+import transformers
+from safetensors.torch import load_file
+
+import gbpo_llm as gbpo
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = gbpo.SCRATCH | gbpo.LARGEST_DIGIT | {"epsilon_low": 0.3, "epsilon_high": 0.3}
+SMALL = gbpo.Args(**{**TINY, "num_prompts": 4, "total_batches": 6, "eval_prompts": 10, "checkpoint_every": 2})
+SIZES = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+TOKENS = dict(pad_token_id=0, eos_token_id=1, bos_token_id=2)
+
+
+def tiny_llama(vocabulary=20, seed=3, **changes):
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.LlamaConfig(vocab_size=vocabulary, initializer_range=0.5, **{**sizes, **changes})
+    return transformers.LlamaForCausalLM(config)
+
+
+def policy_of(model, ends=(0,), **changes):
+    return gbpo.Policy(model, torch.tensor(ends), replace(SMALL, **changes))
+
+
+def random_groups(groups, group_size, seed=0, longest=9):
+    """Questions of 2–9 tokens and answers up to `longest`, of tokens that are no end token."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
+    prompts = [[draw(1, 20) for _ in range(draw(2, 10))] for _ in range(groups)]
+    return prompts, [[draw(1, 20) for _ in range(draw(1, longest + 1))] for _ in range(groups * group_size)]
+
+
+def run_main(monkeypatch, *flags):
+    """Arguments with which `train` would be called."""
+    seen = []
+    monkeypatch.setattr(gbpo, "train", seen.append)
+    monkeypatch.setattr(sys, "argv", ["gbpo_llm.py", *map(str, flags)])
+    gbpo.main()
+    return seen[0]
+
+
+# The preset -----------------------------------------------------------------------------------------------------------
+
+RECIPE = dict(
+    model_name="Qwen/Qwen2.5-Math-1.5B", reward="majority", num_prompts=8, vote_size=64, group_size=32, instruction="",
+    sampling_temperature=1.0, max_new_tokens=3072, total_batches=240, num_minibatches=4, update_epochs=10, epsilon_low=0.3,
+    epsilon_high=0.3, target_temperature=1e-4, learning_rate=5e-7, warmup_ratio=0.03, kl_coef=0.001, ent_coef=0.005,
+    weight_decay=0.01, max_grad_norm=1.0, eval_samples=16, eval_temperature=0.6, eval_top_p=0.95, eval_every=2, loss="gbpo",
+    require_box=True, threshold="median", ratio_level="token",
+)  # fmt: skip
+
+
+def test_the_preset_is_the_recipe_and_flags_beside_it_win_in_any_order(monkeypatch):
+    args = run_main(monkeypatch, "--preset", "paper")
+    assert {name: getattr(args, name) for name in RECIPE} == RECIPE
+    flags = ["--epsilon-low", 0.2, "--model-name", "scratch", "--task", "largest_digit"]
+    for order in (["--preset", "paper", *flags], [*flags, "--preset", "paper"]):
+        args = run_main(monkeypatch, *order)
+        own = RECIPE | dict(epsilon_low=0.2, epsilon_high=0.2, model_name="scratch")
+        assert {name: getattr(args, name) for name in RECIPE} == own and args.task == "largest_digit"
+
+
+def test_the_rows_of_amc_and_math_are_in_the_source_as_flags_that_parse(monkeypatch):
+    source = (ROOT / "gbpo_llm.py").read_text()
+    comment = " ".join(line.strip("# ") for line in source.split("LARGEST_DIGIT = ")[1].split("PAPER = ")[0].splitlines()[1:])
+    amc, mathematics = (part.strip(" .").split() for part in comment.split("add ")[1].split("; for MATH"))
+    args = run_main(monkeypatch, "--preset", "paper", *amc)
+    assert (args.total_batches, args.ent_coef, args.num_minibatches, args.epsilon_high) == (300, 0, 4, 0.3)
+    args = run_main(monkeypatch, "--preset", "paper", *mathematics)
+    assert (args.total_batches, args.num_minibatches, args.update_epochs, args.ent_coef) == (150, 32, 5, 0)
+    assert args.epsilon_low == args.epsilon_high == 0.2 and args.num_prompts == 32
+
+
+def test_the_recipe_s_parts_train_a_tiny_model_and_resume_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = {name: value for name, value in gbpo.PAPER.items() if name not in ("model_name", "task", "require_box")}
+    sizes = dict(num_prompts=4, group_size=4, vote_size=8, max_new_tokens=2, total_batches=4, update_epochs=2, eval_prompts=10)
+    args = gbpo.Args(**recipe | sizes | dict(epsilon_high=0.3, learning_rate=1e-3, checkpoint_every=2))
+    finished = gbpo.train(args)
+    update, calls = gbpo.update, []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 4:
+            raise FloatingPointError("stop")
+        return update(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gbpo, "update", interrupted)
+        with pytest.raises(SystemExit, match="stop"):
+            gbpo.train(args)
+    (killed,) = set(Path("runs").iterdir()) - {finished}
+    assert gbpo.load_checkpoint(killed)[0]["batch"] == 2
+    gbpo.train(replace(args, resume=str(killed)))
+    first, second = (load_file(folder / "checkpoint.safetensors") for folder in (finished, killed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    evaluations = [gbpo.load_checkpoint(folder)[0]["evaluations"] for folder in (finished, killed)]
+    assert evaluations[0] == evaluations[1] and set(evaluations[0]) == {"0", "2", "4"}
+
+
+# Votes ----------------------------------------------------------------------------------------------------------------
+
+
+def test_all_answers_vote_and_the_first_are_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    generate_all, update, sampled, learned = gbpo.generate_all, gbpo.update, [], []
+
+    def generate(policy, prompts, group_size, temperature, *rest):
+        result = generate_all(policy, prompts, group_size, temperature, *rest)
+        sampled.append((group_size, result[0]))
+        return result
+
+    def recorded(policy, reference, optimizer, prompts, answers, batch, *rest):
+        learned.append((answers, batch))
+        return update(policy, reference, optimizer, prompts, answers, batch, *rest)
+
+    monkeypatch.setattr(gbpo, "generate_all", generate)
+    monkeypatch.setattr(gbpo, "update", recorded)
+    gbpo.train(replace(SMALL, reward="majority", group_size=3, vote_size=7, total_batches=2, eval_samples=0))
+    groups = [answers for size, answers in sampled if size == 7]
+    assert len(groups) == 2
+    differing = 0
+    for answers, (trained, batch) in zip(groups, learned):
+        for k in range(4):
+            voters = answers[7 * k : 7 * k + 7]
+            assert trained[3 * k : 3 * k + 3] == voters[:3]
+            full = [answer for answer in voters if answer != [0]]  # the end token alone is an empty answer
+            majority = max(full, key=full.count)
+            few = [answer for answer in voters[:3] if answer != [0]]
+            differing += not few or majority != max(few, key=few.count)
+            rewards = torch.tensor([[float(answer == majority) for answer in voters[:3]]])
+            assert torch.allclose(batch["advantages"][3 * k : 3 * k + 3], gbpo.group_advantages(rewards)[0])
+    assert differing  # somewhere the three alone would have voted otherwise
+
+
+def test_an_answer_without_a_box_has_no_vote_and_no_reward():
+    args = replace(SMALL, reward="majority", require_box=True)
+    task = gbpo.Task([], [], gbpo.math_score, gbpo.same_math)
+    answers = ["it is 7", "7", "7", "\\boxed{3}", "so \\boxed{3}", "\\boxed{4}", "\\boxed{7", "a box is \\boxed{}"]
+    assert gbpo.group_rewards(answers, {"answer": "7"}, task, args) == [0, 0, 0, 1, 1, 0, 0, 0]
+    assert gbpo.group_rewards(answers, {"answer": "7"}, task, replace(args, require_box=False))[:3] == [1, 1, 1]
+    scored = gbpo.group_rewards(["7", "\\boxed{7}"], {"answer": "7"}, task, replace(args, reward="task"))
+    assert scored == [0, 1]
+    generous = gbpo.Task([], [], lambda answer, example: 0.1)  # as some scorers of reasoning-gym are to an empty answer
+    assert gbpo.group_rewards(["7"], {}, generous, replace(args, reward="task")) == [0]
+
+
+def test_a_vote_that_has_collapsed_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = replace(SMALL, reward="majority", num_prompts=8, total_batches=30, learning_rate=3e-3)
+    run_dir = gbpo.train(args)
+    assert "'='" in (told := capsys.readouterr().err) and told.count("the vote has collapsed") == 1
+    assert (run_dir / "model").exists()
+    gbpo.train(replace(args, reward="task", total_batches=3))
+    assert "collapsed" not in capsys.readouterr().err
+
+
+# Terms of the loss ----------------------------------------------------------------------------------------------------
+
+
+def brute_force_entropy(model, prompts, answers, group_size, temperature):
+    """Mean entropy of what predicts the answers' tokens, from a forward pass for each answer."""
+    entropies = []
+    for i, answer in enumerate(answers):
+        prompt = prompts[i // group_size]
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] / temperature
+        probabilities = logits.softmax(-1)
+        entropies += [-(row * row.log()).sum() for row in probabilities]
+    return torch.stack(entropies).mean()
+
+
+def one_step(policy, first, rewards, prompts, answers, **changes):
+    """Weights before and after one step of plain gradient descent at rate 1, without clipping."""
+    args = replace(policy.args, group_size=rewards.shape[1], update_epochs=1, num_minibatches=1, max_grad_norm=1e9, **changes)
+    policy.args, reference = args, partial(first, "logprobs")
+    batch = {"groups": torch.arange(rewards.numel()).view(rewards.shape)}
+    batch["advantages"] = gbpo.group_advantages(rewards).flatten()
+    batch["target_ratios"] = gbpo.group_target_ratios(rewards, 0.3, 0.3, 1e-4).flatten()
+    before = [p.detach().clone() for p in policy.parameters()]
+    optimizer, accelerator = torch.optim.SGD(policy.parameters(), lr=1.0), gbpo.Accelerator(cpu=True)
+    generator = torch.Generator().manual_seed(0)
+    metrics = gbpo.update(policy, reference, optimizer, prompts, answers, batch, args, accelerator, generator)
+    return before, [p.detach().clone() for p in policy.parameters()], metrics
+
+
+def test_groups_without_signal_feel_kl_and_entropy_alone_by_their_gradients():
+    prompts, answers = random_groups(3, 4)
+    for coefficients in (dict(kl_coef=0.3), dict(ent_coef=0.7), dict(kl_coef=0.3, ent_coef=0.7), {}):
+        policy = policy_of(tiny_llama().double(), sampling_temperature=0.8, tokens_per_microbatch=40)
+        reference = policy_of(tiny_llama(seed=4).double(), sampling_temperature=0.8)
+        model = copy.deepcopy(policy.model)
+        entropy = brute_force_entropy(model, prompts, answers, 4, 0.8)
+        rows = gbpo.pack(prompts, answers, 4, [[i] for i in range(12)])
+        old = gbpo.Policy(model, torch.tensor([0]), policy.args)("logprobs", rows)
+        difference = reference("logprobs", rows).detach() - old
+        kl = (difference.exp() - 1 - difference)[rows.mask].mean()
+        expected = coefficients.get("kl_coef", 0) * kl - coefficients.get("ent_coef", 0) * entropy
+        gradients = torch.autograd.grad(expected, model.parameters())
+        equal = torch.full((3, 4), 0.5)
+        before, after, metrics = one_step(policy, reference, equal, prompts, answers, **coefficients)
+        for old, new, gradient in zip(before, after, gradients):
+            assert torch.allclose(old - new, gradient, atol=1e-6, rtol=1e-5)
+        assert metrics["policy_loss"] == 0
+        if "ent_coef" in coefficients:
+            assert metrics["entropy"] == pytest.approx(float(entropy), rel=1e-6)
+        assert any((old != new).any() for old, new in zip(before, after)) == bool(coefficients)
+
+
+def test_entropies_are_those_of_each_token_at_the_temperature():
+    prompts, answers = random_groups(2, 3)
+    policy = policy_of(tiny_llama().double(), sampling_temperature=0.7)
+    rows = gbpo.pack(prompts, answers, 3, gbpo.fill_rows(prompts, answers, 3, range(6), 1000))
+    logprobs, entropies = policy("logprobs_and_entropies", rows, True)
+    assert torch.equal(logprobs, policy("logprobs", rows)) and (entropies[~rows.mask] == 0).all()
+    for row, mask, i in zip(entropies, rows.mask, rows.answers):
+        own = [brute_force_entropy(policy.model, [prompts[i // 3] + answers[i][:t]], [answers[i][t : t + 1]], 1, 0.7)
+               for t in range(len(answers[i]))]  # fmt: skip
+        assert torch.allclose(row[mask], torch.stack(own), atol=1e-6)
+
+
+def test_all_groups_are_learned_from_where_kl_or_entropy_count(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    update, seen = gbpo.update, []
+    monkeypatch.setattr(gbpo, "update", lambda *given: (seen.append(given[5]["groups"].tolist()), update(*given))[1])
+    monkeypatch.setattr(gbpo, "group_rewards", lambda texts, *_: [0.0] * len(texts))
+    for changes in ({}, {"kl_coef": 0.1}, {"ent_coef": 0.1}):
+        gbpo.train(replace(SMALL, total_batches=1, **changes))
+    assert [len(groups) for groups in seen] == [0, 4, 4] and seen[1][1] == list(range(8, 16))
+
+
+def test_weights_decay_by_learning_rate_times_weight_decay(tmp_path, monkeypatch):
+    """The KL to the first model has no gradient at the first model, so that one step is decay alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gbpo, "group_rewards", lambda texts, *_: [0.0] * len(texts))
+    args = replace(SMALL, total_batches=1, update_epochs=1, kl_coef=0.1, weight_decay=0.25, learning_rate=0.02)
+    decayed = load_file(gbpo.train(args) / "checkpoint.safetensors")
+    for name, before in gbpo.trained_parameters(gbpo.prepare(args)[-1]).items():
+        assert torch.allclose(decayed[f"model.{name}"], before * (1 - 0.02 * 0.25), rtol=1e-6)
+
+
+# Validation -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.7, 0.95, 1.0])
+def test_top_p_draws_from_the_fewest_likeliest_tokens_that_hold_so_much(top_p):
+    policy = policy_of(tiny_llama(8), ends=(), max_new_tokens=1)
+    answers, _ = policy("generate", [[3, 4, 5], [6, 2]], 4000, 1.3, torch.Generator().manual_seed(0), top_p)
+    for k, prompt in enumerate(([3, 4, 5], [6, 2])):
+        probabilities = policy.model(torch.tensor([prompt])).logits[0, -1].div(1.3).softmax(-1).tolist()
+        expected, held = torch.zeros(8), 0.0
+        for token in sorted(range(8), key=lambda i: -probabilities[i]):
+            if held < top_p:
+                expected[token] = probabilities[token]
+            held += probabilities[token]
+        expected /= expected.sum()
+        counts = torch.bincount(torch.tensor([a[0] for a in answers[4000 * k : 4000 * (k + 1)]]), minlength=8) / 4000
+        assert torch.allclose(counts, expected, atol=0.03)
+        assert (counts[expected == 0] == 0).all() and (top_p == 1 or (expected == 0).any())
+
+
+def test_the_validation_has_its_own_temperature_and_top_p_every_so_many_batches(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    generate_all, seen = gbpo.generate_all, []
+
+    def generate(policy, prompts, group_size, temperature, generator, args, top_p=1.0):
+        seen.append((len(prompts), group_size, temperature, top_p))
+        return generate_all(policy, prompts, group_size, temperature, generator, args, top_p)
+
+    monkeypatch.setattr(gbpo, "generate_all", generate)
+    validation = dict(eval_every=2, eval_samples=3, eval_temperature=0.6, eval_top_p=0.9, sampling_temperature=0.8)
+    run_dir = gbpo.train(replace(SMALL, total_batches=5, **validation))
+    assert set(gbpo.load_checkpoint(run_dir)[0]["evaluations"]) == {"0", "2", "4", "5"}
+    assert seen.count((10, 1, 0.0, 1.0)) == seen.count((10, 3, 0.6, 0.9)) == 4 and seen.count((4, 8, 0.8, 1.0)) == 5
+    assert capsys.readouterr().out.count("test, batch") == 4
+    seen.clear()
+    gbpo.train(replace(SMALL, total_batches=1, sampling_temperature=0.8))
+    assert seen.count((10, 4, 0.8, 1.0)) == 2  # as in training, before and after
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def make(name, **changes):
+    """A tiny random model: the class of transformers and what its configuration takes beside `SIZES`."""
+    torch.manual_seed(0)
+    sizes = SIZES | changes
+    kind = getattr(transformers, name)
+    return kind(kind.config_class(**sizes)).eval()
+
+
+LLAMA = dict(intermediate_size=48, num_key_value_heads=2, **TOKENS)
+GPT2 = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64)
+BERT = dict(intermediate_size=48, pad_token_id=0)
+JAMBA = dict(num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1)
+JAMBA |= dict(num_experts=2, mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False)
+GRIFFIN = dict(num_hidden_layers=3, intermediate_size=48, lru_width=32, attention_window_size=6, **TOKENS)
+ONE_ROW_EACH = {
+    "FalconForCausalLM": dict(alibi=True),
+    "BloomForCausalLM": dict(n_layer=2, n_head=4),
+    "MptForCausalLM": dict(d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+    "MistralForCausalLM": dict(LLAMA, sliding_window=6),
+    "Gemma2ForCausalLM": dict(LLAMA, head_dim=8),
+    "Gemma3ForCausalLM": dict(LLAMA, head_dim=8, num_hidden_layers=6, sliding_window=6),
+    "GPTNeoForCausalLM": dict(num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=4, window_size=6),
+    "JambaForCausalLM": dict(LLAMA, **JAMBA),
+    "Lfm2ForCausalLM": dict(LLAMA, layer_types=["conv", "full_attention"]),
+    "Mamba2ForCausalLM": dict(state_size=8, num_heads=8, head_dim=8, n_groups=2, chunk_size=8),
+}
+SHARED_ROWS = {
+    "LlamaForCausalLM": LLAMA,
+    "Qwen2ForCausalLM": LLAMA,
+    "GPT2LMHeadModel": GPT2,
+    "OPTForCausalLM": dict(ffn_dim=48, word_embed_proj_dim=32),
+    "FalconForCausalLM": {},
+    "MixtralForCausalLM": dict(LLAMA, num_local_experts=2),
+    "BertLMHeadModel": dict(BERT, is_decoder=True),
+}
+REFUSED = {
+    "MambaForCausalLM": dict(state_size=8),
+    "FalconMambaForCausalLM": dict(state_size=8),
+    "RwkvForCausalLM": dict(attention_hidden_size=32),
+    "RecurrentGemmaForCausalLM": GRIFFIN,
+    "BertLMHeadModel": dict(BERT, is_decoder=False),
+    "ElectraForCausalLM": dict(intermediate_size=48, embedding_size=32),
+    "RobertaForCausalLM": dict(BERT, is_decoder=True),
+    "XLNetLMHeadModel": dict(d_model=32, n_layer=2, n_head=4, d_inner=48),
+    "BartForCausalLM": dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48),
+    "Gemma3ForCausalLM": dict(LLAMA, head_dim=8, use_bidirectional_attention=True),
+}
+QUESTIONS = [[3, 4, 5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15], [16, 17]]
+
+
+@pytest.mark.parametrize("name", SHARED_ROWS)
+def test_the_right_models_are_let_through(name):
+    gbpo.check_model(policy_of(make(name, **SHARED_ROWS[name])).eval(), QUESTIONS, replace(SMALL, max_new_tokens=8))
+
+
+@pytest.mark.parametrize("name", ONE_ROW_EACH)
+def test_models_that_mix_answers_of_a_row_have_a_row_for_each(name):
+    policy, args = policy_of(make(name, **ONE_ROW_EACH[name])).eval(), replace(SMALL, max_new_tokens=8)
+    with pytest.raises(SystemExit, match="--row-tokens 0"):
+        gbpo.check_model(policy, QUESTIONS, args)
+    gbpo.check_model(policy, QUESTIONS, replace(args, row_tokens=0))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("questions, length", [(QUESTIONS, 8), ([[5, 6, 7, 8]] * 4, 1)])
+def test_models_whose_samples_or_rows_are_not_theirs_are_refused_by_type(name, questions, length):
+    model = make(name, **REFUSED[name])
+    for row_tokens in (0, 1024):
+        with pytest.raises(SystemExit, match=f"type {model.config.model_type}, which can't be trained") as error:
+            gbpo.check_model(policy_of(model).eval(), questions, replace(SMALL, max_new_tokens=length, row_tokens=row_tokens))
+        assert "\n" not in str(error.value)
+
+
+def test_a_refused_model_leaves_no_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, tokenizer = gbpo.scratch_model(gbpo.load_task(SMALL))
+    make("MambaForCausalLM", state_size=8, pad_token_id=1, eos_token_id=0).save_pretrained("mamba")
+    tokenizer.save_pretrained("mamba")
+    with pytest.raises(SystemExit, match="type mamba"):
+        gbpo.train(replace(SMALL, model_name="mamba"))
+    assert not Path("runs").exists()
+
+
+def test_a_cache_under_another_name_is_found_out(monkeypatch):
+    """Earlier releases of transformers took `past_key_values=` and passed over `cache=`."""
+    policy = policy_of(make("LlamaForCausalLM", **LLAMA)).eval()
+    forward = policy.model.forward
+    monkeypatch.setattr(policy.model, "forward", lambda cache=None, **given: forward(**given))
+    with pytest.raises(SystemExit, match="type llama"):
+        gbpo.check_model(policy, QUESTIONS, SMALL)
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.23.0", "3.0"])
+def test_an_old_transformers_is_one_line(version):
+    program = f"import transformers; transformers.__version__ = '{version}'; import gbpo_llm"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode and version in result.stderr and "requirements-llm.txt" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_answers_are_sampled_with_a_cache_when_activations_are_computed_again():
+    """GPT-2 keeps none in training mode with checkpointing."""
+    model = make("GPT2LMHeadModel", **GPT2, initializer_range=0.3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = policy_of(model, max_new_tokens=6).train()
+    gbpo.check_model(policy, QUESTIONS, replace(SMALL, max_new_tokens=6))
+    assert policy.training and model.training
+    answers, _ = policy("generate", QUESTIONS, 2, 0.0, None)
+    assert answers == policy.eval()("generate", QUESTIONS, 2, 0.0, None)[0]
+
+
+# bfloat16 -------------------------------------------------------------------------------------------------------------
+
+
+def bfloat16_update(monkeypatch, targets, *, rate=0.0, minibatches=4, epochs=2, fillers=0):
+    """Log-ratios of every pass, gradient norms of every step, and the weights after an update in bfloat16."""
+    prompts, answers = random_groups(8, 4, longest=30)
+    args = replace(SMALL, group_size=4, num_minibatches=minibatches, update_epochs=epochs, tokens_per_microbatch=100)
+    accelerator = gbpo.Accelerator(cpu=True, mixed_precision="bf16")
+    policy = gbpo.Policy(tiny_llama(initializer_range=0.1), torch.tensor([0]), args)
+    policy, optimizer = accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=rate))
+    batch = {"advantages": torch.ones(32), "target_ratios": targets, "groups": torch.arange(32).view(8, 4)}
+    logratios, norms, microbatch_terms = [], [], gbpo.microbatch_terms
+    clip = accelerator.clip_grad_norm_
+
+    def terms(*given):
+        result = microbatch_terms(*given)
+        logratios.append(result[1][given[1].mask])
+        return result
+
+    def clipped(parameters, _):
+        norms.append(float(clip(parameters, 1e9)))
+        return norms[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gbpo, "microbatch_terms", terms)
+        patch.setattr(accelerator, "clip_grad_norm_", clipped)
+        patch.setattr(accelerator, "gather", lambda count: count + fillers)  # as if another process had so many more
+        generator = torch.Generator().manual_seed(0)
+        gbpo.update(policy, None, optimizer, prompts, answers, batch, args, accelerator, generator)
+    return logratios, norms, torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+def test_old_log_probabilities_are_those_of_the_very_pass_in_bfloat16(monkeypatch):
+    logratios, norms, _ = bfloat16_update(monkeypatch, torch.ones(32))
+    assert len(logratios) > 2 * 4 and all((ratios == 0).all() for ratios in logratios)
+    assert norms == [0.0] * 8  # answers held at ρ* = 1 are pulled at by nothing
+    assert all(norm > 0.1 for norm in bfloat16_update(monkeypatch, torch.full((32,), 1.3))[1])
+
+
+def test_waiting_for_another_process_changes_nothing(monkeypatch):
+    targets = torch.ones(32).index_fill(0, torch.arange(1, 32, 4), 1.3)
+    alone, waiting = (bfloat16_update(monkeypatch, targets, rate=0.1, fillers=fillers) for fillers in (0, 2))
+    assert len(waiting[0]) == len(alone[0]) + 2 * 4 * 2 and alone[1] == waiting[1]
+    assert torch.equal(alone[2], waiting[2])
+
+
+def test_the_output_layer_computes_in_float32_and_a_copy_has_its_own():
+    policy = policy_of(tiny_llama())
+    prompts, answers = random_groups(2, 3)
+    rows = gbpo.pack(prompts, answers, 3, [[i] for i in range(6)])
+    head, seen = policy.model.get_output_embeddings(), []
+    with torch.autocast("cpu", torch.bfloat16), head.register_forward_hook(lambda *given: seen.append(given[1:])):
+        policy("logprobs", rows)
+        policy("generate", prompts, 1, 1.0, torch.Generator().manual_seed(0))
+    for (hidden,), logits in seen:
+        assert logits.dtype == torch.float32 and torch.equal(logits, F.linear(hidden.float(), head.weight))
+    assert len(seen) > 1 and policy("logprobs", rows).dtype == torch.float32
+    assert gbpo.Policy(tiny_llama().double(), torch.tensor([0]), SMALL)("logprobs", rows).dtype == torch.float64
+    first, before = copy.deepcopy(policy), policy("logprobs", rows).detach()
+    with torch.no_grad():
+        head.weight.mul_(2)
+    assert torch.equal(first("logprobs", rows), before) and not torch.equal(policy("logprobs", rows), before)
+
+
+# Conduct --------------------------------------------------------------------------------------------------------------
+
+FLOATS = [field.name for field in fields(gbpo.Args) if "float" in str(field.type)]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_flag_takes_what_is_not_finite(name, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flag = f"--{name.replace('_', '-')}"
+    monkeypatch.setattr(sys, "argv", ["gbpo_llm.py", f"{flag}={value}"])
+    with pytest.raises(SystemExit, match=flag) as error:
+        gbpo.main()
+    assert "\n" not in str(error.value) and not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--reward", "majority", "--vote-size", "4"], "--vote-size"),
+        (["--eval-top-p", "0"], "--eval-top-p"),
+        (["--eval-top-p", "1.5"], "--eval-top-p"),
+        (["--eval-temperature", "0"], "--eval-temperature"),
+        (["--eval-every", "-1"], "--eval-every"),
+        (["--ent-coef", "-1"], "--ent-coef"),
+        (["--weight-decay", "-1"], "--weight-decay"),
+        (["--preset", "paper"], "AIME-TTT.json"),
+    ],
+)
+def test_bad_input_is_one_clear_line(flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gbpo_llm.py", *flags])
+    with pytest.raises(SystemExit) as error:
+        gbpo.main()
+    assert words in str(error.value) and "\n" not in str(error.value) and not Path("runs").exists()
+
+
+def test_a_checkpoint_is_written_every_five_minutes_at_least(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clock, save, update, saved = [0.0], gbpo.save_checkpoint, gbpo.update, []
+    monkeypatch.setattr(gbpo.time, "time", lambda: clock[0])
+
+    def slow(*given):
+        clock[0] += 120
+        return update(*given)
+
+    def recorded(run_dir, state, *rest):
+        saved.append(state["batch"])
+        save(run_dir, state, *rest)
+
+    monkeypatch.setattr(gbpo, "update", slow)
+    monkeypatch.setattr(gbpo, "save_checkpoint", recorded)
+    gbpo.train(replace(SMALL, total_batches=7, checkpoint_every=1000))
+    assert sorted(set(saved)) == [0, 2, 4, 6, 7]
+
+
+def test_the_progress_bar_fits_a_terminal_and_shows_what_the_page_says_to_watch(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    formats = []
+
+    class Bar(gbpo.tqdm):
+        def __init__(self, *args, **options):
+            formats.append(options["bar_format"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(gbpo, "tqdm", Bar)
+    gbpo.train(replace(SMALL, total_batches=3))
+    last = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
+    shown = dict(part.split("=") for part in last.split(", ") if "=" in part)
+    assert list(shown) == ["reward", "signal", "outside", "entropy"] and last.startswith("3/3")
+    postfix = "reward=-0.50, signal=100%, outside=100%, entropy=11.93"  # 11.93 is the logarithm of 150,000 tokens
+    assert len(Bar.format_meter(500, 1000, 43_210, bar_format=formats[0], postfix=postfix)) <= 80
