@@ -1527,14 +1527,7 @@ def train(args):
         # Log and save. A full disk costs records, never the training.
         seconds = time.time() - batch_time
         overdue = main_process and time.time() + seconds - saved_time > 300  # it would be after one more batch
-        seen = [
-            rewards.sum(),
-            lengths.sum(),
-            signal_groups.sum(),
-            entropy,
-            PROBLEMS["scorer_failures"],
-            PROBLEMS["bad_rewards"],
-        ]
+        seen = (rewards.sum(), lengths.sum(), signal_groups.sum(), entropy, PROBLEMS["scorer_failures"], PROBLEMS["bad_rewards"])
         seen = torch.tensor([*map(float, seen), float(len(stopped_by)), float(overdue)], device=device)
         reward, tokens, with_signal, entropy, failures, bad, stopping, overdue = accelerator.reduce(seen).tolist()
         charts = {"reward": reward / (args.num_prompts * group_size), "answer_length": tokens / (args.num_prompts * sampled),
