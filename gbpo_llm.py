@@ -18,20 +18,25 @@ Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
     accelerate launch --num-processes 8 --use-fsdp --fsdp-version 2 gbpo_llm.py …    the model cut among them
     python gbpo_llm.py --resume runs/<run>             goes on with an interrupted run; on CPUs, to the very same weights
 
-All goes to runs/<task>__<script>__<seed>__<time>/, the model in Hugging Face's format. `group_rewards` is where to put a reward
-of your own.
+    model = AutoModelForCausalLM.from_pretrained("runs/<run>/model")        the trained model in Python; so loads best, too
+    model = AutoPeftModelForCausalLM.from_pretrained("runs/<run>/model")    that of --lora-rank, by peft
+
+All goes to runs/<task>__<exp_name>__<seed>__<time>/. `group_rewards` is where to put a reward of your own.
 """
 
 import contextlib
 import copy
 import difflib
+import importlib.metadata
 import importlib.util
 import inspect
 import json
 import math
 import os
 import pickle
+import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +53,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -84,6 +90,7 @@ class Args:
     allow_code: bool = False  # run answers as Python where a scorer does that and the system can't confine it
     loss: Literal["gbpo", "grpo"] = "gbpo"  # the loss
     reward: Literal["task", "majority"] = "task"  # the task's scorer, or TTRL's: the most frequent answer, right or wrong
+    exp_name: str = SCRIPT  # the run folder's name has it
     seed: int = 1  # seed of new weights, order of the questions and sampling
     total_batches: int = 200  # batches of questions; of scratch, if no flag says otherwise, 100
     num_prompts: int = 16  # questions per batch, over all processes
@@ -119,15 +126,32 @@ class Args:
     eval_samples: int = 4  # answers sampled to each, beside the greedy one; 0: none
     eval_temperature: float | None = None  # these samples' temperature; none: as in training
     eval_top_p: float = 1.0  # they are drawn from the likeliest tokens that hold so much probability
-    eval_every: int = 0  # batches between evaluations; 0: before and after only
+    eval_every: int = 0  # batches between evaluations, whose best model is kept in the folder best; 0: before and after only
     sample_every: int = 20  # batches between answers shown
     checkpoint_every: int = 10  # batches between checkpoints, five minutes at most
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "brrl"  # wandb project
     wandb_entity: str | None = None  # wandb team
-    resume: str | None = None  # run folder to go on with; the configuration is its own
-    evaluate: str | None = None  # run folder whose model answers the held-out questions; nothing is trained
+    resume: str | None = None  # run folder to go on with, under its own configuration; --total-batches may extend it
+    evaluate: str | None = None  # run folder, or its checkpoint, whose model answers held-out questions; nothing is trained
 
+
+# config.json has their versions.
+PACKAGES = [
+    name for name in ("transformers", "accelerate", "peft", "math_verify", "reasoning_gym") if importlib.util.find_spec(name)
+]
+
+# What stands here for the flags of CleanRL that are missing.
+CLEANRL = {
+    "anneal_lr": "the learning rate always rises (--warmup-ratio) and then falls to 0 as a cosine",
+    "clip_coef": "the band of the ratio is --epsilon-low and --epsilon-high",
+    "cuda": "a GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
+    "env_id": "the task is --task",
+    "num_envs": "a batch has --num-prompts × --group-size answers",
+    "num_steps": "an answer has at most --max-new-tokens",
+    "target_kl": "all --update-epochs are run; losses/approx_kl has the KL",
+    "total_timesteps": "training is counted in batches, --total-batches",
+}
 
 # What the tiny model and its task take where no flag says otherwise.
 SCRATCH = dict(learning_rate=5e-4, update_epochs=4, total_batches=100)
@@ -154,10 +178,12 @@ def check_args(args):
     for name in (*counts, "answers_at_a_time", "eval_prompts", "sample_every", "checkpoint_every"):
         if getattr(args, name) < 1:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
-    not_negative = ("seed", "few_shot", "lora_rank", "eval_samples", "eval_every", "row_tokens", "kl_coef", "ent_coef")
+    not_negative = ("few_shot", "lora_rank", "eval_samples", "eval_every", "row_tokens", "kl_coef", "ent_coef")
     for name in (*not_negative, "weight_decay"):
         if getattr(args, name) < 0:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must not be negative")
+    if not 0 <= args.seed <= 10**9:
+        sys.exit(f"{SCRIPT}: --seed must lie between 0 and 1,000,000,000")
     for name in ("learning_rate", "max_grad_norm", "sampling_temperature", "target_temperature", "eval_temperature"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be positive")
@@ -170,6 +196,15 @@ def check_args(args):
     if not (0 < args.epsilon_low < 1 and args.epsilon_high > 0):
         sys.exit(f"{SCRIPT}: --epsilon-low must lie between 0 and 1, --epsilon-high above 0: the band [1−ε_low, 1+ε_high] "
                  "holds positive ratios, and 1")  # fmt: skip
+    if args.num_minibatches > args.num_prompts:
+        sys.exit(f"{SCRIPT}: a batch of --num-prompts {args.num_prompts} can't be cut into --num-minibatches "
+                 f"{args.num_minibatches}: lower these")  # fmt: skip
+    memory = psutil.virtual_memory().total
+    sampled = args.num_prompts * max(args.group_size, args.vote_size or 0)
+    token_bytes = 40 * (args.max_new_tokens + 10)  # of an answer, in Python's lists
+    if max(sampled, args.eval_samples) * token_bytes > memory or 1000 * args.eval_prompts > memory:
+        sys.exit(f"{SCRIPT}: memory can't hold the answers of a batch, --num-prompts × --group-size (or --vote-size) × "
+                 "--max-new-tokens, or those of the test, --eval-prompts × --eval-samples: lower these")  # fmt: skip
 
 
 # Tasks ----------------------------------------------------------------------------------------------------------------
@@ -1161,15 +1196,45 @@ def math_scorer():
 
 
 def new_run_dir(args):
-    """Makes runs/<task>__<script>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
+    """Makes runs/<task>__<exp_name>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
     stamp = int(time.time())
     Path("runs").mkdir(exist_ok=True)
     while True:
-        run_dir = Path("runs") / f"{args.task.replace('/', '-').lstrip('.-')}__{SCRIPT}__{args.seed}__{stamp}"
+        name = re.sub("[/:]", "-", f"{args.task}__{args.exp_name}__{args.seed}__{stamp}")
+        run_dir = Path("runs") / name.lstrip(".-")
         with contextlib.suppress(FileExistsError):
             run_dir.mkdir()
             return run_dir
         stamp += 1
+
+
+def write_config(run_dir, args):
+    """Writes config.json: the arguments, and the versions and the commit that they ran with."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", *PACKAGES)}
+    config = asdict(args) | {"versions": {"python": platform.python_version()} | versions, "commit": commit}
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def start_wandb(args, run_dir):
+    """Weights & Biases as in CleanRL: what TensorBoard gets, the code, the configuration; videos follow at the end."""
+    import wandb
+
+    name, script = run_dir.resolve().name, Path(__file__).resolve()
+    try:
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=name, id=name,
+                   resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+        wandb.save(str(script), base_path=str(script.parent), policy="now")
+    except wandb.errors.Error as error:
+        sys.exit(f"{SCRIPT}: --track: {one_line(error)}")
+
+
+def one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def trained_parameters(policy):
@@ -1214,8 +1279,8 @@ def save_checkpoint(run_dir, state, policy, optimizer, main_process):
 
 
 def load_checkpoint(run_dir):
-    """State, with `args` made whole, and tensors of a run folder of this script; exits with a line if there are none."""
-    path = Path(run_dir) / "checkpoint.safetensors"
+    """State, with `args` made whole, and tensors of a run folder or its checkpoint; exits with a line if there are none."""
+    path = Path(run_dir) if Path(run_dir).is_file() else Path(run_dir) / "checkpoint.safetensors"
     if not path.is_file():
         sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.safetensors")
     try:
@@ -1225,6 +1290,19 @@ def load_checkpoint(run_dir):
         return state | {"args": Args(**state["args"])}, tensors
     except Exception as error:  # damage shows in many ways
         sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
+
+
+def save_model(folder, policy, tokenizer, main_process):
+    """Replaces a folder by one with the model, or its adapters, and the tokenizer, for `from_pretrained`."""
+    model, weights, temporary = policy.model, None, folder.with_suffix(".tmp")
+    if isinstance(policy, FSDPModule):
+        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights have one
+        weights = whole({name: tensor for name, tensor in model.state_dict().items() if name in names}, main_process)
+    if main_process:
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
 
 
 @torch.no_grad()
@@ -1276,11 +1354,21 @@ def plot_learning_curve(run_dir, evaluations, title):
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def generate_all(policy, prompts, group_size, temperature, generator, args, top_p=1.0):
+def counted(items, what, show):
+    """The items; shows how many are done, as a bar in a terminal, else by a line a minute."""
+    bar, next_line = tqdm(items, desc=what, leave=False, disable=None if show else True), time.time() + 60
+    for done, item in enumerate(bar, 1):
+        yield item
+        if show and bar.disable and time.time() > next_line:
+            next_line = time.time() + 60
+            print(f"{what}: part {done} of {len(items)}", flush=True)
+
+
+def generate_all(policy, prompts, group_size, temperature, generator, args, top_p=1.0, what=""):
     """`Policy.generate` for any number of questions, those of a length together: the answers in order and the mean entropy.
 
     FSDP's processes fetch layers from each other all at once, but their answers end at different steps. So each holds all
-    layers meanwhile.
+    layers meanwhile. With `what` it shows how far it is.
     """
     layers = [module for module in policy.modules() if isinstance(module, FSDPModule) and module is not policy]
     for module in layers:
@@ -1289,7 +1377,7 @@ def generate_all(policy, prompts, group_size, temperature, generator, args, top_
     answers, entropies = [None] * (len(prompts) * group_size), []
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     at_a_time = max(1, args.answers_at_a_time // group_size)
-    for start in range(0, len(order), at_a_time):
+    for start in counted(range(0, len(order), at_a_time), what, bool(what)):
         chunk = order[start : start + at_a_time]
         generated, entropy = policy("generate", [prompts[i] for i in chunk], group_size, temperature, generator, top_p)
         for k, i in enumerate(chunk):
@@ -1326,10 +1414,12 @@ def evaluate(policy, tokenizer, task, prompts, args, accelerator):
     for name, samples, temperature, top_p in (("pass@1", 1, 0.0, 1.0), sampled):
         if not samples:
             continue
-        answers, _ = generate_all(policy, [prompts[i] for i in own], samples, temperature, generator, args, top_p)
+        what = f"test, answers for {name}" if accelerator.is_main_process else ""
+        answers, _ = generate_all(policy, [prompts[i] for i in own], samples, temperature, generator, args, top_p, what)
         texts = [decode(tokenizer, answer, args) for answer in answers]
         groups = [texts[k * samples : (k + 1) * samples] for k in range(share)]
-        scores = [np.mean(finite_rewards(group_rewards(group, task.test[i], task, scorer))) for group, i in zip(groups, own)]
+        scored = counted([*zip(groups, own)], what.replace("answers", "scores"), bool(what))
+        scores = [np.mean(finite_rewards(group_rewards(group, task.test[i], task, scorer))) for group, i in scored]
         scores = torch.tensor(scores, dtype=torch.float32, device=accelerator.device)
         scores = accelerator.gather(scores)[: len(prompts)].cpu()
         result |= {name: float(scores.mean()), f"{name}_error": float(scores.std(correction=0)) / math.sqrt(len(scores))}
@@ -1384,6 +1474,8 @@ def prepare(args):
     if args.lora_rank:
         from peft import LoraConfig, get_peft_model
 
+        if args.lora_rank > (width := model.config.get_text_config().hidden_size):
+            sys.exit(f"{SCRIPT}: --lora-rank {args.lora_rank} must be at most {width}, the width of the model")
         model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear",
                                                  task_type="CAUSAL_LM"))  # fmt: skip
     if text_parts:  # what sees images has no part in this
@@ -1399,10 +1491,18 @@ def prepare(args):
     return accelerator, task, tokenizer, policy
 
 
-def train(args):
-    """Evaluates, trains, evaluates again, saves the model and draws the learning curve; returns the run folder."""
+def train(args, total_batches=None):
+    """Evaluates, trains, evaluates again, saves the model and draws the learning curve; returns the run folder.
+
+    With `args.resume` the run goes on under its own configuration, to its end or to `total_batches`.
+    """
     state, tensors = load_checkpoint(args.resume) if args.resume else (None, None)
-    run_dir, args = Path(args.resume or ""), state["args"] if state else args
+    run_dir = Path(args.resume or "")
+    if state:
+        args = state["args"]
+        args = replace(args, total_batches=total_batches or args.total_batches)
+        if state["batch"] > args.total_batches:
+            sys.exit(f"{SCRIPT}: {run_dir} is at batch {state['batch']} already, beyond --total-batches {args.total_batches}")
     accelerator, task, tokenizer, policy = prepare(args)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     main_process = accelerator.is_main_process
@@ -1430,7 +1530,6 @@ def train(args):
         state = {"processes": world, "batch": 0, "seconds": 0.0, "csv_size": 0, "evaluations": {}}
         if main_process:
             run_dir = new_run_dir(args)
-            (run_dir / "config.json").write_text(json.dumps(asdict(args), indent=2))
             (run_dir / "episodes.csv").write_text("step,return,length,wall_time\n")
             state["csv_size"] = (run_dir / "episodes.csv").stat().st_size
     state["args"] = asdict(args)
@@ -1440,15 +1539,15 @@ def train(args):
         count, learned = (sum(p.numel() for p in parameters) for parameters in (policy.parameters(), trained))
         print(f"run folder: {run_dir}\n{args.model_name}: {count:,} weights, {learned:,} of them trained; {args.task}: "
               f"{len(task.train)} questions to learn from, {len(task.test)} to be tested on", flush=True)  # fmt: skip
+        if total_batches and state["batch"] < total_batches:
+            print(f"the learning rate now follows the cosine of {total_batches} batches; here it is "
+                  f"{learning_rate(state['batch'], args):.3g}")  # fmt: skip
+        write_config(run_dir, args)
         if args.track:
-            import wandb
-
-            try:
-                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=run_dir.name,
-                           id=run_dir.name, resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
-            except wandb.errors.Error as error:
-                sys.exit(f"{SCRIPT}: --track: {error}".splitlines()[0])
-    writer = SummaryWriter(run_dir, purge_step=state["batch"] + 1) if main_process else None
+            start_wandb(args, run_dir)
+        writer = SummaryWriter(run_dir, purge_step=state["batch"] + 1)
+        table = "|flag|value|\n|-|-|\n" + "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        writer.add_text("hyperparameters", table)
     stopped_by, saved_time = [], time.time()
 
     def stop(signum, frame):
@@ -1467,11 +1566,15 @@ def train(args):
     def disk_errors_shown():
         try:
             yield
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             tqdm.write(f"{SCRIPT}: not saved at batch {state['batch']}: {error}", file=sys.stderr)
 
     def evaluate_now():
         evaluation = evaluate(policy, tokenizer, task, test_prompts, args, accelerator)
+        best = max((earlier["pass@1"] for earlier in state["evaluations"].values()), default=-math.inf)
+        if args.eval_every and evaluation["pass@1"] > best:
+            with disk_errors_shown():
+                save_model(run_dir / "best", own_policy, tokenizer, main_process)
         state["evaluations"][str(state["batch"])] = evaluation
         if main_process:
             with tqdm.external_write_mode():
@@ -1486,7 +1589,7 @@ def train(args):
         save()
     progress = tqdm(total=args.total_batches, initial=state["batch"], disable=None if main_process else True,
                     bar_format="{n}/{total}, {remaining} left{postfix}")  # fmt: skip
-    rows, group_size, stopping, collapsed = [], args.group_size, False, False
+    rows, group_size, stopping, collapsed, next_line = [], args.group_size, False, False, time.time() + 60
     sampled = max(group_size, args.vote_size or 0) if args.reward == "majority" else group_size  # answers to a question
     while state["batch"] < args.total_batches and not stopping:
         # Answers. Each process has its share of the questions, and its own random numbers.
@@ -1503,7 +1606,8 @@ def train(args):
         rewards = [finite_rewards(group) for group in rewards]
         rewards = torch.tensor(rewards, dtype=torch.float32)
         lengths = torch.tensor([len(answer) for answer in answers], dtype=torch.float32)
-        if args.reward == "majority" and len(questions) > 1 and not collapsed and len({*map(extract_answer, texts)}) == 1:
+        different = {extract_answer(text, args.require_box) or text for text in texts}
+        if args.reward == "majority" and len(questions) > 1 and not collapsed and len(different) == 1:
             collapsed = True
             message = f"all answers to all questions are {texts[0][:40]!r}: the vote has collapsed and teaches nothing more"
             tqdm.write(f"{SCRIPT}: batch {state['batch'] + 1}: {message} (docs/llm.md)", file=sys.stderr)
@@ -1527,8 +1631,9 @@ def train(args):
         # Log and save. A full disk costs records, never the training.
         seconds = time.time() - batch_time
         overdue = main_process and time.time() + seconds - saved_time > 300  # it would be after one more batch
-        seen = (rewards.sum(), lengths.sum(), signal_groups.sum(), entropy, PROBLEMS["scorer_failures"], PROBLEMS["bad_rewards"])
-        seen = torch.tensor([*map(float, seen), float(len(stopped_by)), float(overdue)], device=device)
+        problems = PROBLEMS["scorer_failures"], PROBLEMS["bad_rewards"]
+        seen = (rewards.sum(), lengths.sum(), signal_groups.sum(), entropy, *problems, len(stopped_by), overdue)
+        seen = torch.tensor([*map(float, seen)], device=device)
         reward, tokens, with_signal, entropy, failures, bad, stopping, overdue = accelerator.reduce(seen).tolist()
         charts = {"reward": reward / (args.num_prompts * group_size), "answer_length": tokens / (args.num_prompts * sampled),
                   "entropy": entropy / world, "groups_with_signal": with_signal / args.num_prompts,
@@ -1560,35 +1665,45 @@ def train(args):
                  "outside": f"{metrics['clipfrac']:.0%}", "entropy": f"{charts['entropy']:.2f}"}  # fmt: skip
         progress.set_postfix(shown, refresh=False)
         progress.update()
+        if main_process and progress.disable and time.time() > next_line:
+            next_line = time.time() + 60
+            left = (time.time() - start_time) / state["batch"] * (args.total_batches - state["batch"])
+            print(f"batch {state['batch']} of {args.total_batches}: reward {charts['reward']:.2f}, "
+                  f"{charts['tokens_per_second']:.0f} tokens/s, {tqdm.format_interval(left)} left", flush=True)  # fmt: skip
 
     progress.close()
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
+    if not stopping:
+        if str(args.total_batches) not in state["evaluations"]:
+            evaluate_now()
+        save()
+        save_model(run_dir / "model", own_policy, tokenizer, main_process)
+    if main_process:
+        with contextlib.suppress(OSError):
+            writer.close()
+        evaluations = {int(step): evaluation for step, evaluation in state["evaluations"].items()}
+        plot_learning_curve(run_dir, evaluations, f"{args.task}, {args.model_name}, --loss {args.loss}, seed {args.seed}")
+        print(f"learning curve: {run_dir / 'learning_curve.png'}")
+        if args.eval_every:
+            step = max(evaluations, key=lambda step: (evaluations[step]["pass@1"], -step))
+            print(f"best model, that of batch {step}: {run_dir / 'best'}")
+        if args.track:
+            import wandb
+
+            wandb.finish()
     if stopping:
         if main_process:
             program = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
             print(f"stopped after batch {state['batch']}; to go on: {program} {SCRIPT}.py --resume {run_dir}")
         sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
-    if str(args.total_batches) not in state["evaluations"]:
-        evaluate_now()
-    save()
-    model, weights = own_policy.model, None
-    if isinstance(own_policy, FSDPModule):
-        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights have one
-        weights = whole({name: tensor for name, tensor in model.state_dict().items() if name in names}, main_process)
     if main_process:
-        with contextlib.suppress(OSError):
-            writer.close()
-        model.save_pretrained(run_dir / "model", state_dict=weights)
-        tokenizer.save_pretrained(run_dir / "model")
-        evaluations = {int(step): evaluation for step, evaluation in state["evaluations"].items()}
-        plot_learning_curve(run_dir, evaluations, f"{args.task}, {args.model_name}, --loss {args.loss}, seed {args.seed}")
-        print(f"learning curve: {run_dir / 'learning_curve.png'}, model: {run_dir / 'model'}")
+        print(f"model: {run_dir / 'model'}")
     return run_dir
 
 
 def evaluate_run(folder, eval_prompts, eval_samples):
-    """Prints what the model of a run folder scores on the first of its held-out questions."""
+    """Prints what the model of a run folder, or of its checkpoint, scores on the first of its held-out questions."""
     state, tensors = load_checkpoint(folder)
     args = replace(state["args"], eval_samples=eval_samples)
     check_args(replace(args, eval_prompts=eval_prompts))
@@ -1602,18 +1717,29 @@ def evaluate_run(folder, eval_prompts, eval_samples):
         print(f"test: {describe(evaluation, args)} (± standard error, {len(prompts)} questions)")
 
 
+def command_line():
+    """The arguments, and the names of the flags that were given. A whole number may be written as 1e6."""
+    whole = lambda match: match[1] + (str(int(float(match[2]))) if float(match[2]).is_integer() else match[2])  # noqa: E731
+    words = [re.sub(r"^(--[\w-]+=|)(\d*\.?\d+e\+?\d+)$", whole, word, flags=re.IGNORECASE) for word in sys.argv[1:]]
+    given = {word.split("=")[0].strip("-").replace("-", "_").removeprefix("no_") for word in words if word.startswith("--")}
+    try:
+        return tyro.cli(Args, args=words), given
+    except SystemExit:
+        for name in sorted(given & CLEANRL.keys()):
+            print(f"{SCRIPT}: --{name.replace('_', '-')}: {CLEANRL[name]}", file=sys.stderr)
+        raise
+
+
 def main():
-    args = tyro.cli(Args)
-    if args.resume and args != Args(resume=args.resume):
-        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration and takes no other flag")
-    played = dict(evaluate=args.evaluate, eval_prompts=args.eval_prompts, eval_samples=args.eval_samples)
-    if args.evaluate and args != Args(**played):
-        sys.exit(f"{SCRIPT}: --evaluate takes the run's own configuration, and --eval-prompts and --eval-samples beside it")
-    if args.preset == "paper":
-        args = tyro.cli(Args, default=Args(**PAPER))  # flags given beside win
-    elif args.model_name == "scratch":
-        own = SCRATCH | LARGEST_DIGIT if args.task == "largest_digit" else SCRATCH
-        args = tyro.cli(Args, default=Args(**own))
+    args, given = command_line()
+    if args.resume and given - {"resume", "total_batches"}:
+        sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration; only --total-batches can be given beside it")
+    if args.evaluate and given - {"evaluate", "eval_prompts", "eval_samples"}:
+        sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-prompts and --eval-samples")
+    settings = PAPER if args.preset == "paper" else SCRATCH if args.model_name == "scratch" else {}
+    if settings is SCRATCH and args.task == "largest_digit":
+        settings = SCRATCH | LARGEST_DIGIT
+    args = replace(args, **{name: settings[name] for name in settings.keys() - given})  # flags that were given win
     if args.learning_rate is None:
         args = replace(args, learning_rate=1e-4 if args.lora_rank else 1e-6)
     if args.epsilon_low is None:
@@ -1624,9 +1750,9 @@ def main():
         if args.evaluate:
             evaluate_run(args.evaluate, args.eval_prompts, args.eval_samples)
         else:
-            train(args)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            train(args, **({"total_batches": args.total_batches} if args.resume and "total_batches" in given else {}))
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             sys.exit(f"{SCRIPT}: out of memory: lower --tokens-per-microbatch (learning), --answers-at-a-time (sampling) or "
                      "--max-new-tokens, or try --lora-rank 16 or --gradient-checkpointing")  # fmt: skip
         raise

@@ -78,7 +78,7 @@ def ours(args):
     task = gbpo.Task([], [], None)
     gbpo.load_task, gbpo.load_model = lambda _: task, load
     gbpo.end_tokens = lambda *_: torch.tensor([-1])
-    gbpo.check_rows = lambda *_: None  # it shows the model an end token
+    gbpo.check_model = lambda *_: None
     gbpo.tokenize_prompts = lambda examples, shots, model, tokenizer, _: tokenizer([e["prompt"] for e in examples]).input_ids
     gbpo.group_rewards = lambda texts, *_: [reward(text) + 0.01 * i for i, text in enumerate(texts)]
     gbpo.evaluate = lambda *_: {"pass@1": 0.0, "pass@1_error": 0.0}

@@ -462,7 +462,9 @@ def test_an_answer_in_any_dress_is_the_same_mathematics(answer):
 def test_wandb_is_started_before_the_writer_whose_events_it_reads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     started = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: started.append(settings)))
+    nothing = lambda *_, **__: None  # noqa: E731
+    wandb = SimpleNamespace(init=lambda **settings: started.append(settings), save=nothing, finish=nothing)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     writer = gbpo.SummaryWriter
     monkeypatch.setattr(gbpo, "SummaryWriter", lambda *args, **options: started and writer(*args, **options))
     gbpo.train(replace(SMALL, total_batches=1, track=True))
@@ -677,7 +679,7 @@ PROBLEM = '{"prompt": "What is 1 + 1?", "answer": "2"}'
         (["--warmup-ratio", "3"], "--warmup-ratio"),
         (["--evaluate", "nowhere", "--seed", "3"], "--eval-prompts"),
         (["--resume", "nowhere"], "nowhere"),
-        (["--resume", "nowhere", "--seed", "3"], "no other flag"),
+        (["--resume", "nowhere", "--seed", "3"], "only --total-batches"),
         (["--evaluate", "nowhere"], "nowhere"),
     ],
 )

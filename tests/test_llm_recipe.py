@@ -1,9 +1,13 @@
 """The paper's recipe in gbpo_llm.py, models that can't be trained, and log-probabilities in bfloat16."""
 
 import copy
+import itertools
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -544,3 +548,248 @@ def test_the_progress_bar_fits_a_terminal_and_shows_what_the_page_says_to_watch(
     assert list(shown) == ["reward", "signal", "outside", "entropy"] and last.startswith("3/3")
     postfix = "reward=-0.50, signal=100%, outside=100%, entropy=11.93"  # 11.93 is the logarithm of 150,000 tokens
     assert len(Bar.format_meter(500, 1000, 43_210, bar_format=formats[0], postfix=postfix)) <= 80
+
+
+# The surroundings of a run --------------------------------------------------------------------------------------------
+
+
+def run(folder, *flags, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    command = [sys.executable, str(ROOT / "gbpo_llm.py"), *map(str, flags)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, **options)
+
+
+def main(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["gbpo_llm.py", *map(str, flags)])
+    gbpo.main()
+
+
+def weights(run_dir):
+    return load_file(run_dir / "checkpoint.safetensors")
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def rewards_of(run_dir):
+    return [row.split(",")[1] for row in (run_dir / "episodes.csv").read_text().splitlines()[1:]]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--num-prompts", "1000000000000"],
+        ["--num-prompts", "1e12", "--task", "reasoning_gym/chain_sum"],
+        ["--group-size", "1e9"],
+        ["--vote-size", "1e12"],
+        ["--max-new-tokens", "1e12"],
+        ["--eval-samples", "1e12"],
+        ["--eval-prompts", "1e12", "--task", "reasoning_gym/chain_sum"],
+        ["--few-shot", "1e12"],
+        ["--num-minibatches", "1e12"],
+        ["--lora-rank", "1e9"],
+        ["--seed", "1e30"],
+    ],
+)
+def test_what_memory_can_t_hold_is_one_line(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, *flags)
+    assert flags[0] in stop.value.code and "\n" not in stop.value.code and not Path("runs").exists()
+
+
+def test_which_flags_were_given_decides_what_a_tiny_model_takes(monkeypatch):
+    args = run_main(monkeypatch)
+    assert (args.learning_rate, args.total_batches, args.update_epochs, args.max_new_tokens) == (5e-4, 100, 4, 1)
+    args = run_main(monkeypatch, "--total-batches", "2e2", "--update-epochs=2")  # the defaults of other models
+    assert (args.learning_rate, args.total_batches, args.update_epochs) == (5e-4, 200, 2)
+    assert run_main(monkeypatch, "--task", "reasoning_gym/chain_sum").max_new_tokens == 512
+    args = run_main(monkeypatch, "--preset", "paper", "--no-require-box", "--total-batches", "200")
+    assert (args.require_box, args.total_batches, args.eval_every) == (False, 200, 2)
+    assert run_main(monkeypatch, "--model-name", "smollm2", "--lora-rank", "8").learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("flag", ["--cuda", "--total-timesteps=1000", "--num-envs=8", "--clip-coef=0.2", "--no-anneal-lr"])
+def test_cleanrl_s_other_flags_are_told_what_stands_for_them(flag, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, flag)
+    name = flag.split("=")[0].replace("--no-", "--")
+    assert stop.value.code == 2 and f"gbpo_llm: {name}: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_finished_run_can_be_extended_but_not_cut(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rate = gbpo.learning_rate
+    monkeypatch.setattr(gbpo, "learning_rate", lambda batch, args: 1e-3)
+    whole, first = (gbpo.train(replace(SMALL, total_batches=batches)) for batches in (5, 3))
+    main(monkeypatch, "--resume", first, "--total-batches", 5)
+    assert same(weights(whole), weights(first)) and rewards_of(whole) == rewards_of(first)
+    assert json.loads((first / "config.json").read_text())["total_batches"] == 5
+    assert set(gbpo.load_checkpoint(first)[0]["evaluations"]) == {"0", "3", "5"}
+    monkeypatch.setattr(gbpo, "learning_rate", rate)
+    capsys.readouterr()
+    main(monkeypatch, "--resume", first, "--total-batches", 10)
+    expected = rate(5, replace(SMALL, total_batches=10))
+    assert f"follows the cosine of 10 batches; here it is {expected:.3g}" in capsys.readouterr().out
+    config = (first / "config.json").read_text()
+    for flags, words in (
+        (["--total-batches", 4], "at batch 10 already"),
+        (["--seed", 1], "only --total-batches"),
+        (["--update-epochs=2"], "only --total-batches"),
+        (["--no-allow-code"], "only --total-batches"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            main(monkeypatch, "--resume", first, *flags)
+    with pytest.raises(SystemExit, match="--eval-prompts and --eval-samples"):
+        main(monkeypatch, "--evaluate", first, "--seed", 1)
+    assert (first / "config.json").read_text() == config
+
+
+def test_the_best_model_of_the_evaluations_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    evaluate, scores, seen = gbpo.evaluate, iter([0.1, 0.1, 0.7, 0.5, 0.7, 0.2]), {}
+
+    def scored(policy, *rest):
+        score = next(scores)
+        seen.setdefault(score, {name: tensor.clone() for name, tensor in policy.model.state_dict().items()})
+        return evaluate(policy, *rest) | {"pass@1": score}
+
+    plain = gbpo.train(SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(gbpo, "evaluate", scored)
+        run_dir = gbpo.train(replace(SMALL, total_batches=5, eval_every=1))
+        assert f"best model, that of batch 2: {run_dir / 'best'}" in capsys.readouterr().out
+        model = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "best")
+        assert same(model.state_dict(), seen[0.7]) and not same(seen[0.7], seen[0.1])
+        assert transformers.AutoTokenizer.from_pretrained(run_dir / "best").decode([3, 4])
+    looked_on = gbpo.train(replace(SMALL, eval_every=2))
+    assert same(weights(looked_on), weights(plain)) and rewards_of(looked_on) == rewards_of(plain)
+    assert not (plain / "best").exists()
+    capsys.readouterr()
+    main(monkeypatch, "--evaluate", looked_on / "checkpoint.safetensors", "--eval-prompts", 10)
+    evaluation = gbpo.load_checkpoint(looked_on)[0]["evaluations"]["6"]
+    assert gbpo.describe(evaluation, SMALL) in capsys.readouterr().out
+
+
+def test_the_best_adapters_load_by_peft(tmp_path, monkeypatch):
+    from peft import AutoPeftModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    base = gbpo.train(replace(SMALL, total_batches=1)) / "model"
+    run_dir = gbpo.train(replace(SMALL, total_batches=2, model_name=str(base), lora_rank=2, eval_every=1))
+    for name in ("best", "model"):
+        model = AutoPeftModelForCausalLM.from_pretrained(run_dir / name)
+        assert model(torch.tensor([[3, 4]])).logits.isfinite().all()
+
+
+def test_a_full_disk_costs_the_best_model_never_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save, calls = gbpo.save_model, []
+
+    def full(folder, *rest):
+        calls.append(folder.name)
+        if folder.name == "best":
+            raise OSError("No space left on device")
+        save(folder, *rest)
+
+    monkeypatch.setattr(gbpo, "save_model", full)
+    run_dir = gbpo.train(replace(SMALL, total_batches=2, eval_every=1))
+    assert calls[0] == "best" and (run_dir / "model").exists() and "not saved at batch 0" in capsys.readouterr().err
+
+
+def test_without_a_terminal_a_line_a_minute_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    clock = [0.0]
+
+    def tick():
+        clock[0] += 61
+        return clock[0]
+
+    monkeypatch.setattr(gbpo.time, "time", tick)
+    gbpo.train(replace(SMALL, total_batches=2, answers_at_a_time=4))
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("batch 1 of 2: ")]
+    assert all(word in line for word in ("reward", "tokens/s", "left"))
+    assert lines.index("test, answers for pass@1: part 1 of 3") < lines.index("test, scores for pass@1: part 10 of 10")
+    assert "test, answers for mean: part 10 of 10" in lines
+
+
+def test_config_and_events_tell_versions_commit_and_flags(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    run_dir = gbpo.train(replace(SMALL, total_batches=1, exp_name="first/try"))
+    assert run_dir.name.startswith("largest_digit__first-try__1__")
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["versions"]["transformers"] == transformers.__version__
+    assert {"python", "torch", "numpy", "accelerate", "peft"} <= set(config["versions"])
+    assert len(config["commit"].removesuffix("-dirty")) == 40
+    (text,) = EventAccumulator(str(run_dir)).Reload().Tensors("hyperparameters/text_summary")
+    assert b"|epsilon_low|0.3|" in text.tensor_proto.string_val[0]
+
+
+def test_a_run_of_a_file_in_another_folder_has_a_plain_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for task in ("../data/sums.json", "/data/sums.json", "C:/data/sums.json"):
+        name = gbpo.new_run_dir(replace(SMALL, task=task)).name
+        assert "data-sums.json__gbpo_llm__1__" in name and name[0] not in ".-" and "/" not in name
+
+
+def test_the_curve_is_drawn_after_ctrl_c_too(tmp_path):
+    command = [sys.executable, str(ROOT / "gbpo_llm.py"), "--total-batches", "1e4", "--eval-prompts", "4"]
+    process = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    stopped = tmp_path / process.stdout.readline().split()[-1]
+    while not (stopped / "episodes.csv").exists() or len(rewards_of(stopped)) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert (stopped / "learning_curve.png").exists() and "--resume" in output and not (stopped / "model").exists()
+
+
+def test_a_run_resumed_from_within_its_folder_keeps_its_name_at_wandb(tmp_path):
+    pytest.importorskip("wandb")
+    variables = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    assert run(tmp_path, "--total-batches", 1, "--eval-prompts", 4, "--track", env=variables).returncode == 0
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    resumed = run(run_dir, "--resume", ".", "--total-batches", 2, env=variables)
+    assert resumed.returncode == 0, resumed.stderr
+    folders = list(run_dir.glob("wandb/offline-run-*"))
+    assert len(folders) == 2 and all(folder.name.endswith(run_dir.name) for folder in folders)
+    assert all((folder / "files" / "gbpo_llm.py").exists() for folder in folders)
+
+
+# The vote and the scorer ----------------------------------------------------------------------------------------------
+
+
+def test_a_vote_of_many_goes_through_the_scorer_with_and_without_boxes():
+    args = replace(SMALL, reward="majority", group_size=3, vote_size=7, require_box=True)
+    task = gbpo.Task([], [], gbpo.math_score, gbpo.same_math)
+    answers = ["\\boxed{3}", "\\boxed{\\frac{1}{2}}", "\\boxed{0.5}", "is \\boxed{\\frac{2}{4}}", "3", "3", "3"]
+    assert gbpo.group_rewards(answers, {"answer": "3"}, task, args) == [0, 1, 1, 1, 0, 0, 0]
+    free = gbpo.group_rewards(answers, {"answer": "?"}, task, replace(args, require_box=False))
+    assert free == [1, 0, 0, 0, 1, 1, 1]
+    gbpo.PROBLEMS.clear()
+    towers = ["\\boxed{9^{9^{9^{9}}}}"] * 4 + ["\\boxed{2}"] * 2  # what can't be computed has no vote
+    assert gbpo.group_rewards(towers, {"answer": "2"}, task, args) == [0, 0, 0, 0, 1, 1]
+    assert gbpo.PROBLEMS["scorer_failures"] == 1
+
+
+@pytest.mark.parametrize(
+    "texts, require_box, collapsed",
+    [
+        (["\\boxed{1}", "so \\boxed{1}"], True, True),
+        (["1"], True, True),
+        ([""], False, True),
+        (["\\boxed{1}", "\\boxed{2}"], True, False),
+        (["it is 1", "it is 2"], True, False),
+        (["<think>cut off", "<think>another"], False, False),
+        (["\\boxed{1", "\\boxed{2"], False, False),
+    ],
+)
+def test_only_answers_that_are_all_the_same_have_collapsed(texts, require_box, collapsed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    answers = itertools.cycle(texts)
+    monkeypatch.setattr(gbpo, "decode", lambda *_: next(answers))
+    gbpo.train(replace(SMALL, reward="majority", vote_size=9, total_batches=1, require_box=require_box))
+    assert ("the vote has collapsed" in capsys.readouterr().err) == collapsed

@@ -74,7 +74,8 @@ def test_bpo_isaaclab_shares_loss_and_run_folder():
 
 def test_gbpo_llm_shares_what_it_can_of_the_run_folder():
     llm, continuous = (definitions(script) for script in ("gbpo_llm.py", "bpo_continuous.py"))
-    assert {name for name in set(llm) & set(continuous) if llm[name] == continuous[name]} == {"SCRIPT", "append_episodes"}
+    shared = {"SCRIPT", "append_episodes", "command_line", "write_config", "start_wandb", "one_line"}
+    assert {name for name in set(llm) & set(continuous) if llm[name] == continuous[name]} == shared
 
 
 def test_the_diff_stays_short():
