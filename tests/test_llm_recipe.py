@@ -21,6 +21,7 @@ import torch.nn.functional as F
 pytest.importorskip("transformers", reason="gbpo_llm.py's own requirements, requirements-llm.txt, are not installed")
 
 import transformers
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import gbpo_llm as gbpo
@@ -35,7 +36,7 @@ TOKENS = dict(pad_token_id=0, eos_token_id=1, bos_token_id=2)
 def tiny_llama(vocabulary=20, seed=3, **changes):
     torch.manual_seed(seed)
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    config = transformers.LlamaConfig(vocab_size=vocabulary, initializer_range=0.5, **{**sizes, **changes})
+    config = transformers.LlamaConfig(**{"vocab_size": vocabulary, "initializer_range": 0.5, **sizes, **changes})
     return transformers.LlamaForCausalLM(config)
 
 
@@ -145,9 +146,9 @@ def test_all_answers_vote_and_the_first_are_trained_on(tmp_path, monkeypatch):
         for k in range(4):
             voters = answers[7 * k : 7 * k + 7]
             assert trained[3 * k : 3 * k + 3] == voters[:3]
-            full = [answer for answer in voters if answer != [0]]  # the end token alone is an empty answer
+            full = [answer for answer in voters if answer[0] > 2]  # tokens for end and padding alone are an empty answer
             majority = max(full, key=full.count)
-            few = [answer for answer in voters[:3] if answer != [0]]
+            few = [answer for answer in voters[:3] if answer[0] > 2]
             differing += not few or majority != max(few, key=few.count)
             rewards = torch.tensor([[float(answer == majority) for answer in voters[:3]]])
             assert torch.allclose(batch["advantages"][3 * k : 3 * k + 3], gbpo.group_advantages(rewards)[0])
@@ -159,21 +160,21 @@ def test_an_answer_without_a_box_has_no_vote_and_no_reward():
     task = gbpo.Task([], [], gbpo.math_score, gbpo.same_math)
     answers = ["it is 7", "7", "7", "\\boxed{3}", "so \\boxed{3}", "\\boxed{4}", "\\boxed{7", "a box is \\boxed{}"]
     assert gbpo.group_rewards(answers, {"answer": "7"}, task, args) == [0, 0, 0, 1, 1, 0, 0, 0]
-    assert gbpo.group_rewards(answers, {"answer": "7"}, task, replace(args, require_box=False))[:3] == [1, 1, 1]
+    assert gbpo.group_rewards(answers, {"answer": "7"}, task, replace(args, require_box=False))[:4] == [0, 1, 1, 0]
     scored = gbpo.group_rewards(["7", "\\boxed{7}"], {"answer": "7"}, task, replace(args, reward="task"))
     assert scored == [0, 1]
     generous = gbpo.Task([], [], lambda answer, example: 0.1)  # as some scorers of reasoning-gym are to an empty answer
     assert gbpo.group_rewards(["7"], {}, generous, replace(args, reward="task")) == [0]
 
 
-def test_a_vote_that_has_collapsed_is_told(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("reward, others, told", [("majority", 13, 1), ("majority", 4, 0), ("task", 13, 0)])
+def test_a_vote_that_has_collapsed_is_told_once(reward, others, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    args = replace(SMALL, reward="majority", num_prompts=8, total_batches=30, learning_rate=3e-3)
-    run_dir = gbpo.train(args)
-    assert "'='" in (told := capsys.readouterr().err) and told.count("the vote has collapsed") == 1
-    assert (run_dir / "model").exists()
-    gbpo.train(replace(args, reward="task", total_batches=3))
-    assert "collapsed" not in capsys.readouterr().err
+    answers = lambda prompts, size: [[13]] * (len(prompts) * size - 1) + [[others]]  # 13 is "=" and 4 is "1"  # noqa: E731
+    monkeypatch.setattr(gbpo, "generate_all", lambda policy, prompts, size, *_: (answers(prompts, size), 0.1))
+    gbpo.train(replace(SMALL, reward=reward, total_batches=3))
+    error = capsys.readouterr().err
+    assert error.count("the vote has collapsed") == error.count("batch 1: all answers to all questions are '='") == told
 
 
 # Terms of the loss ----------------------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def test_groups_without_signal_feel_kl_and_entropy_alone_by_their_gradients():
         equal = torch.full((3, 4), 0.5)
         before, after, metrics = one_step(policy, reference, equal, prompts, answers, **coefficients)
         for old, new, gradient in zip(before, after, gradients):
-            assert torch.allclose(old - new, gradient, atol=1e-6, rtol=1e-5)
+            assert (old - new - gradient).norm() < 1e-4 * gradient.norm() + 1e-9  # Llama's norms are in single precision
         assert metrics["policy_loss"] == 0
         if "ent_coef" in coefficients:
             assert metrics["entropy"] == pytest.approx(float(entropy), rel=1e-6)
@@ -393,7 +394,7 @@ def test_a_cache_under_another_name_is_found_out(monkeypatch):
         gbpo.check_model(policy, QUESTIONS, SMALL)
 
 
-@pytest.mark.parametrize("version", ["4.57.6", "5.23.0", "3.0"])
+@pytest.mark.parametrize("version", ["4.57.6", "5.23.0"])
 def test_an_old_transformers_is_one_line(version):
     program = f"import transformers; transformers.__version__ = '{version}'; import gbpo_llm"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -413,6 +414,14 @@ def test_answers_are_sampled_with_a_cache_when_activations_are_computed_again():
 
 
 # bfloat16 -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Room for an accelerator of another precision: there is one kind in a process."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
 
 
 def bfloat16_update(monkeypatch, targets, *, rate=0.0, minibatches=4, epochs=2, fillers=0):
@@ -444,14 +453,14 @@ def bfloat16_update(monkeypatch, targets, *, rate=0.0, minibatches=4, epochs=2, 
     return logratios, norms, torch.cat([p.detach().flatten() for p in policy.parameters()])
 
 
-def test_old_log_probabilities_are_those_of_the_very_pass_in_bfloat16(monkeypatch):
+def test_old_log_probabilities_are_those_of_the_very_pass_in_bfloat16(monkeypatch, fresh_accelerator):
     logratios, norms, _ = bfloat16_update(monkeypatch, torch.ones(32))
     assert len(logratios) > 2 * 4 and all((ratios == 0).all() for ratios in logratios)
     assert norms == [0.0] * 8  # answers held at ρ* = 1 are pulled at by nothing
     assert all(norm > 0.1 for norm in bfloat16_update(monkeypatch, torch.full((32,), 1.3))[1])
 
 
-def test_waiting_for_another_process_changes_nothing(monkeypatch):
+def test_waiting_for_another_process_changes_nothing(monkeypatch, fresh_accelerator):
     targets = torch.ones(32).index_fill(0, torch.arange(1, 32, 4), 1.3)
     alone, waiting = (bfloat16_update(monkeypatch, targets, rate=0.1, fillers=fillers) for fillers in (0, 2))
     assert len(waiting[0]) == len(alone[0]) + 2 * 4 * 2 and alone[1] == waiting[1]
@@ -542,6 +551,7 @@ def test_the_progress_bar_fits_a_terminal_and_shows_what_the_page_says_to_watch(
             super().__init__(*args, **options)
 
     monkeypatch.setattr(gbpo, "tqdm", Bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # elsewhere there is no bar
     gbpo.train(replace(SMALL, total_batches=3))
     last = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
     shown = dict(part.split("=") for part in last.split(", ") if "=" in part)
