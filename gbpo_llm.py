@@ -133,7 +133,7 @@ class Args:
     wandb_project_name: str = "brrl"  # wandb project
     wandb_entity: str | None = None  # wandb team
     resume: str | None = None  # run folder to go on with, under its own configuration; --total-batches may extend it
-    evaluate: str | None = None  # run folder, or its checkpoint, whose model answers held-out questions; nothing is trained
+    evaluate: str | None = None  # run folder, its checkpoint or its best, that answers held-out questions; nothing is trained
 
 
 # config.json has their versions.
@@ -1696,6 +1696,7 @@ def train(args, total_batches=None):
         if main_process:
             program = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
             print(f"stopped after batch {state['batch']}; to go on: {program} {SCRIPT}.py --resume {run_dir}")
+        accelerator.wait_for_everyone()  # torchrun ends all when one has ended
         sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
     if main_process:
         print(f"model: {run_dir / 'model'}")
@@ -1703,13 +1704,20 @@ def train(args, total_batches=None):
 
 
 def evaluate_run(folder, eval_prompts, eval_samples):
-    """Prints what the model of a run folder, or of its checkpoint, scores on the first of its held-out questions."""
-    state, tensors = load_checkpoint(folder)
+    """Prints what the model of a run folder, of its checkpoint or its folder best scores on the first held-out questions."""
+    folder = Path(folder)
+    best = folder if folder.resolve().name == "best" else None
+    state, tensors = load_checkpoint(folder.parent if best else folder)
     args = replace(state["args"], eval_samples=eval_samples)
+    if best and not args.lora_rank:
+        args = replace(args, model_name=str(best))
     check_args(replace(args, eval_prompts=eval_prompts))
     accelerator, task, tokenizer, policy = prepare(args)
     task.test = task.test[:eval_prompts]
-    restore(tensors, policy)
+    if not best:
+        restore(tensors, policy)
+    elif args.lora_rank:
+        policy.model.load_adapter(best, "default")
     prompts = tokenize_prompts(task.test, task.train[: args.few_shot], policy.model, tokenizer, args)
     with accelerator.autocast():
         evaluation = evaluate(policy, tokenizer, task, prompts, args, accelerator)

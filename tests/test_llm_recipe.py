@@ -284,9 +284,9 @@ def test_the_validation_has_its_own_temperature_and_top_p_every_so_many_batches(
     monkeypatch.chdir(tmp_path)
     generate_all, seen = gbpo.generate_all, []
 
-    def generate(policy, prompts, group_size, temperature, generator, args, top_p=1.0):
+    def generate(policy, prompts, group_size, temperature, generator, args, top_p=1.0, what=""):
         seen.append((len(prompts), group_size, temperature, top_p))
-        return generate_all(policy, prompts, group_size, temperature, generator, args, top_p)
+        return generate_all(policy, prompts, group_size, temperature, generator, args, top_p, what)
 
     monkeypatch.setattr(gbpo, "generate_all", generate)
     validation = dict(eval_every=2, eval_samples=3, eval_temperature=0.6, eval_top_p=0.9, sampling_temperature=0.8)
@@ -692,6 +692,24 @@ def test_the_best_adapters_load_by_peft(tmp_path, monkeypatch):
     for name in ("best", "model"):
         model = AutoPeftModelForCausalLM.from_pretrained(run_dir / name)
         assert model(torch.tensor([[3, 4]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_best_model_can_be_evaluated(lora_rank, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = gbpo.train(replace(SMALL, total_batches=1)) / "model" if lora_rank else "scratch"
+    args = replace(SMALL, model_name=str(base), lora_rank=lora_rank, learning_rate=1e-2, total_batches=3, eval_every=1)
+    scores, seen = iter([0.1, 0.7, 0.2, 0.2, 0.7]), []
+
+    def scored(policy, *_):
+        seen.append({name: tensor.clone() for name, tensor in policy.state_dict().items()})
+        return {"pass@1": next(scores), "pass@1_error": 0.0}
+
+    monkeypatch.setattr(gbpo, "evaluate", scored)
+    run_dir = gbpo.train(args)
+    main(monkeypatch, "--evaluate", run_dir / "best", "--eval-prompts", 10)
+    assert same(seen[4], seen[1]) and not same(seen[1], seen[0]) and not same(seen[1], seen[3])
+    assert "pass@1 0.700" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_full_disk_costs_the_best_model_never_the_training(tmp_path, monkeypatch, capsys):
