@@ -116,7 +116,7 @@ def compare_speed(args, env, rl_cfg):
 
     on_step(env, add_step)
     bpo.update, bpo.estimate_returns = timed(bpo.update), timed(bpo.estimate_returns)
-    bpo.evaluate = bpo.export_policy = bpo.plot_learning_curve = lambda *_: None
+    bpo.evaluate = bpo.export_policy = bpo.plot_learning_curve = bpo.write_config = lambda *_: None
     steps = args.num_envs * rl_cfg.num_steps_per_env * args.iterations
     runner = make_runner(env, rl_cfg, args.device)
     runner.alg.update = timed(runner.alg.update)
