@@ -1704,20 +1704,19 @@ def train(args, total_batches=None):
 
 
 def evaluate_run(folder, eval_prompts, eval_samples):
-    """Prints what the model of a run folder, of its checkpoint or its folder best scores on the first held-out questions."""
-    folder = Path(folder)
-    best = folder if folder.resolve().name == "best" else None
-    state, tensors = load_checkpoint(folder.parent if best else folder)
+    """Prints what the model of a run folder, of its checkpoint, or of its best or model, scores on held-out questions."""
+    saved = Path(folder).resolve() if (Path(folder) / "tokenizer_config.json").exists() else None
+    state, tensors = load_checkpoint(saved.parent if saved else folder)
     args = replace(state["args"], eval_samples=eval_samples)
-    if best and not args.lora_rank:
-        args = replace(args, model_name=str(best))
+    if saved and not args.lora_rank:
+        args = replace(args, model_name=str(saved))
     check_args(replace(args, eval_prompts=eval_prompts))
     accelerator, task, tokenizer, policy = prepare(args)
     task.test = task.test[:eval_prompts]
-    if not best:
+    if not saved:
         restore(tensors, policy)
     elif args.lora_rank:
-        policy.model.load_adapter(best, "default")
+        policy.model.load_adapter(saved, "default")
     prompts = tokenize_prompts(task.test, task.train[: args.few_shot], policy.model, tokenizer, args)
     with accelerator.autocast():
         evaluation = evaluate(policy, tokenizer, task, prompts, args, accelerator)

@@ -11,6 +11,7 @@ import time
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -564,12 +565,6 @@ def test_the_progress_bar_fits_a_terminal_and_shows_what_the_page_says_to_watch(
 # The surroundings of a run --------------------------------------------------------------------------------------------
 
 
-def run(folder, *flags, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    command = [sys.executable, str(ROOT / "gbpo_llm.py"), *map(str, flags)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, **options)
-
-
 def main(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["gbpo_llm.py", *map(str, flags)])
     gbpo.main()
@@ -697,9 +692,9 @@ def test_the_best_adapters_load_by_peft(tmp_path, monkeypatch):
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_the_best_model_can_be_evaluated(lora_rank, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    base = gbpo.train(replace(SMALL, total_batches=1)) / "model" if lora_rank else "scratch"
+    base = tmp_path / gbpo.train(replace(SMALL, total_batches=1)) / "model" if lora_rank else "scratch"
     args = replace(SMALL, model_name=str(base), lora_rank=lora_rank, learning_rate=1e-2, total_batches=3, eval_every=1)
-    scores, seen = iter([0.1, 0.7, 0.2, 0.2, 0.7]), []
+    scores, seen = iter([0.1, 0.7, 0.2, 0.2, 0.7, 0.2]), []
 
     def scored(policy, *_):
         seen.append({name: tensor.clone() for name, tensor in policy.state_dict().items()})
@@ -710,6 +705,9 @@ def test_the_best_model_can_be_evaluated(lora_rank, tmp_path, monkeypatch, capsy
     main(monkeypatch, "--evaluate", run_dir / "best", "--eval-prompts", 10)
     assert same(seen[4], seen[1]) and not same(seen[1], seen[0]) and not same(seen[1], seen[3])
     assert "pass@1 0.700" in capsys.readouterr().out.splitlines()[-1]
+    monkeypatch.chdir(run_dir / "model")
+    main(monkeypatch, "--evaluate", ".", "--eval-prompts", 10)
+    assert same(seen[5], seen[3])
 
 
 def test_a_full_disk_costs_the_best_model_never_the_training(tmp_path, monkeypatch, capsys):
@@ -776,16 +774,18 @@ def test_the_curve_is_drawn_after_ctrl_c_too(tmp_path):
     assert (stopped / "learning_curve.png").exists() and "--resume" in output and not (stopped / "model").exists()
 
 
-def test_a_run_resumed_from_within_its_folder_keeps_its_name_at_wandb(tmp_path):
-    pytest.importorskip("wandb")
-    variables = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    assert run(tmp_path, "--total-batches", 1, "--eval-prompts", 4, "--track", env=variables).returncode == 0
-    (run_dir,) = (tmp_path / "runs").iterdir()
-    resumed = run(run_dir, "--resume", ".", "--total-batches", 2, env=variables)
-    assert resumed.returncode == 0, resumed.stderr
-    folders = list(run_dir.glob("wandb/offline-run-*"))
-    assert len(folders) == 2 and all(folder.name.endswith(run_dir.name) for folder in folders)
-    assert all((folder / "files" / "gbpo_llm.py").exists() for folder in folders)
+def test_a_run_resumed_from_within_its_folder_keeps_its_name_at_wandb(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    record = lambda name: lambda *given, **settings: calls.append((name, given, settings))  # noqa: E731
+    wandb = SimpleNamespace(**{name: record(name) for name in ("init", "save", "finish")})
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run_dir = gbpo.train(replace(SMALL, total_batches=1, track=True))
+    monkeypatch.chdir(run_dir)
+    gbpo.train(replace(SMALL, resume="."), 2)
+    assert [name for name, *_ in calls] == ["init", "save", "finish"] * 2
+    assert all(calls[k][2]["id"] == run_dir.name for k in (0, 3)) and calls[3][2]["config"]["total_batches"] == 2
+    assert calls[1][1] == (str(ROOT / "gbpo_llm.py"),)
 
 
 # The vote and the scorer ----------------------------------------------------------------------------------------------
