@@ -579,7 +579,7 @@ def torchrun(folder, *flags, **variables):
     """What both processes have recorded."""
     (folder / "recorded.py").write_text(TWO_PROCESSES)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631", "recorded.py", *flags]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "recorded.py", *flags]
     result = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
