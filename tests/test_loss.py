@@ -168,8 +168,8 @@ def test_more_action_dimensions_share_the_shrinking_of_sigma():
 
 
 def test_the_readme_s_lines_are_the_script_s_and_its_patch_of_ppo_gives_the_same_loss():
-    """README.md's first block is bpo_continuous.py's without docstrings, its second one a minibatch's loss."""
-    functions, patch = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """README.md's first block of Python is bpo_continuous.py's without docstrings, its second one a minibatch's loss."""
+    functions, patch, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     code = [line.split("  #")[0] for line in functions.splitlines()]
     script = [line.split("  #")[0] for line in (ROOT / "bpo_continuous.py").read_text().splitlines()]
     assert set(code) <= set(script)
