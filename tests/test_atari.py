@@ -581,7 +581,8 @@ def test_the_best_policy_of_the_evaluations_on_the_way_is_kept(tmp_path, monkeyp
     assert run_dir.name.startswith("ALE-Breakout-v5__first-try__1__")
     assert b"|epsilon|0.3|" in logged.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0]
     config = json.loads((run_dir / "config.json").read_text())
-    assert config["versions"]["torch"] == torch.__version__ and len(config["commit"].removesuffix("-dirty")) == 40
+    assert config["versions"]["torch"] == torch.__version__
+    assert not (ROOT / ".git").exists() or len(config["commit"].removesuffix("-dirty")) == 40
     assert {"python", "numpy", "gymnasium", "ale-py"} <= set(config["versions"])
 
 
