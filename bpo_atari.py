@@ -69,7 +69,7 @@ class Args:
     loss: Literal["bpo", "ppo"] = "bpo"  # the loss; each brings the authors' hyperparameters
     exp_name: str = SCRIPT  # the run folder's name has it
     seed: int = 1  # seed of network, policy noise and games
-    total_timesteps: int = 10_000_000  # actions in all; each lasts 4 frames
+    total_timesteps: int = 10_000_000  # actions in all, each of 4 frames; the authors train for 40 million
     num_envs: int = 8  # parallel games
     num_threads: int = int(OMP_THREADS) if OMP_THREADS.isdecimal() else CPUS  # CPU threads of network and games
     device: str | None = None  # of the network; none: a GPU where there is one
