@@ -1500,7 +1500,7 @@ def train(args, total_batches=None):
     run_dir = Path(args.resume or "")
     if state:
         args = state["args"]
-        args = replace(args, total_batches=total_batches or args.total_batches)
+        args = replace(args, total_batches=args.total_batches if total_batches is None else total_batches)
         if state["batch"] > args.total_batches:
             sys.exit(f"{SCRIPT}: {run_dir} is at batch {state['batch']} already, beyond --total-batches {args.total_batches}")
     accelerator, task, tokenizer, policy = prepare(args)

@@ -641,6 +641,7 @@ def test_a_finished_run_can_be_extended_but_not_cut(tmp_path, monkeypatch, capsy
     config = (first / "config.json").read_text()
     for flags, words in (
         (["--total-batches", 4], "at batch 10 already"),
+        (["--total-batches", 0], "at batch 10 already"),
         (["--seed", 1], "only --total-batches"),
         (["--update-epochs=2"], "only --total-batches"),
         (["--no-allow-code"], "only --total-batches"),
