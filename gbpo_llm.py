@@ -1741,6 +1741,8 @@ def main():
     args, given = command_line()
     if args.resume and given - {"resume", "total_batches"}:
         sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration; only --total-batches can be given beside it")
+    if args.resume and Path(args.resume).is_file():
+        sys.exit(f"{SCRIPT}: --resume takes a run folder, not {args.resume}")
     if args.evaluate and given - {"evaluate", "eval_prompts", "eval_samples"}:
         sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-prompts and --eval-samples")
     settings = PAPER if args.preset == "paper" else SCRATCH if args.model_name == "scratch" else {}

@@ -648,6 +648,8 @@ def test_a_finished_run_can_be_extended_but_not_cut(tmp_path, monkeypatch, capsy
     ):
         with pytest.raises(SystemExit, match=words):
             main(monkeypatch, "--resume", first, *flags)
+    with pytest.raises(SystemExit, match="takes a run folder"):
+        main(monkeypatch, "--resume", first / "checkpoint.safetensors")
     with pytest.raises(SystemExit, match="--eval-prompts and --eval-samples"):
         main(monkeypatch, "--evaluate", first, "--seed", 1)
     assert (first / "config.json").read_text() == config
