@@ -330,7 +330,7 @@ def claim_cem(mdp, policy, args, axes):
 def main():
     args = tyro.cli(Args)
     try:
-        if not (0 < args.epsilon < 1 and args.temperature > 0):
+        if not (0 < args.epsilon < 1 and 0 < args.temperature < np.inf):
             raise ValueError(f"ε = {args.epsilon} must be between 0 and 1, λ = {args.temperature} positive")
         if not (0 < args.gamma < 1 and args.iterations > 1 and args.num_states > 1 and args.num_actions > 1 and args.seed >= 0):
             raise ValueError("the discount must be between 0 and 1, --iterations, --num-states, --num-actions at least 2, "

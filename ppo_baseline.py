@@ -349,10 +349,7 @@ class Agent(nn.Module):
         self.obs_rms, self.return_rms = RunningMeanStd(obs_dim), RunningMeanStd()
         self.norm_obs, self.activation, self.mean_entropy = args.norm_obs, args.activation, args.mean_entropy
         self.rescale_actions = args.rescale_actions
-        self.action_bounds = (
-            np.full(action_dim, -np.inf),
-            np.full(action_dim, np.inf),
-        )  # in the task's shape
+        self.action_bounds = np.full(action_dim, -np.inf), np.full(action_dim, np.inf)  # in the task's shape
 
     def normalize(self, obs):
         """Raw observations (..., D) → float32 inputs (..., D), in standard deviations clipped to ±10 with --norm-obs."""
@@ -887,25 +884,24 @@ def train(args, total_timesteps=None):
             envs.close()
             sys.exit(f"{SCRIPT}: stopped at step {global_step}: {error}. {run_dir} keeps the last good checkpoint")
 
+        steps_per_second = global_step / (time.time() - start_time)
+        evaluated = args.eval_every > 0 and iteration % args.eval_every == 0
+        score = float(np.mean(list(play(eval_env, agent, args)))) if evaluated else -math.inf
+
         # Log and save. A full disk costs records, never the training.
         last = iteration == num_iterations or bool(stopped_by)
         recent_returns.extend(score for _, score, _, _ in rows)
         unsaved += rows
         try:
-            for step, score, length, _ in rows:
-                writer.add_scalar("charts/episodic_return", score, step)
+            for step, episodic_return, length, _ in rows:
+                writer.add_scalar("charts/episodic_return", episodic_return, step)
                 writer.add_scalar("charts/episodic_length", length, step)
             for name, value in metrics.items():
                 writer.add_scalar(f"losses/{name}", value, global_step)
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-            steps_per_second = global_step / (time.time() - start_time)
             writer.add_scalar("charts/SPS", int(steps_per_second), global_step)
-            if args.eval_every and iteration % args.eval_every == 0:
-                score = float(np.mean(list(play(eval_env, agent, args))))
+            if evaluated:
                 writer.add_scalar("eval/mean_return", score, global_step)
-                if score > best:
-                    best = score
-                    save_checkpoint(run_dir, policy_state() | {"step": global_step, "return": score}, "best.pt")
             writer.flush()
         except OSError:  # its thread has ended with it
             with contextlib.suppress(OSError):
@@ -913,6 +909,9 @@ def train(args, total_timesteps=None):
         try:
             csv_size = append_episodes(run_dir / "episodes.csv", csv_size, unsaved)
             unsaved.clear()
+            if score > best:
+                save_checkpoint(run_dir, policy_state() | {"step": global_step, "return": score}, "best.pt")
+                best = score
             if last or iteration % args.checkpoint_every == 0:
                 save()
         except OSError as error:

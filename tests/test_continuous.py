@@ -1023,3 +1023,22 @@ def test_a_first_policy_that_looks_at_its_input_keeps_its_ratio_of_one(tmp_path,
     monkeypatch.setattr(bpo, "update", spy)
     bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=512, actor_gain=0.01, **SMALL))
     assert (seen[0][1] == 1).all() and not (seen[1][1] == 1).any()
+
+
+def test_a_full_disk_costs_neither_the_line_a_minute_nor_the_best_policy(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    clock, start, calls = time.time, time.time(), []
+    monkeypatch.setattr(bpo.time, "time", lambda: start + 10_000 * (clock() - start))  # a line each iteration
+    add_scalar = bpo.SummaryWriter.add_scalar
+
+    def full_disk(self, *args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return add_scalar(self, *args)
+
+    monkeypatch.setattr(bpo.SummaryWriter, "add_scalar", full_disk)
+    args = bpo.Args(env_id="Pendulum-v1", total_timesteps=256, eval_every=1, **SMALL)
+    run_dir = bpo.train(args)
+    assert torch.load(run_dir / "best.pt", weights_only=True)["step"] == 256
+    assert capsys.readouterr().out.count("steps/s") == 1
