@@ -214,3 +214,13 @@ def test_every_claim_holds_and_is_drawn(tmp_path, monkeypatch, capsys):
     assert figure("never negative") >= 0
     pictures = {path.name for path in (tmp_path / "runs" / "brrl_tabular").iterdir()}
     assert pictures == {f"{name}.png" for name in ("solution", "improvement", "ppo", "neighbours", "bound", "cem")}
+
+
+@pytest.mark.parametrize("flag", ["--gamma", "--epsilon", "--temperature"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_no_number_may_be_nan_or_infinite(flag, value, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["brrl_tabular.py", flag, value])
+    with pytest.raises(SystemExit, match=r"brrl_tabular: .* must be"):
+        tabular.main()
+    assert not list(tmp_path.iterdir())
