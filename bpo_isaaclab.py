@@ -36,6 +36,7 @@ BPO has the changes in PAPER below, and new values before each epoch.
 #     "matplotlib==3.11.2",
 # ]
 # ///
+# That is for Isaac Lab; mjlab has requirements-mjlab.txt and an environment of its own.
 
 import contextlib
 import copy
