@@ -44,10 +44,17 @@ def layers(agent):
     return {f"{name}.{i}": layer for name, stack in linear.items() for i, layer in enumerate(stack)}
 
 
+def flat(agent):
+    """All weights in one vector, as in `train`."""
+    weights = torch.nn.Parameter(torch.nn.utils.parameters_to_vector(agent.parameters()).detach())
+    torch.nn.utils.vector_to_parameters(weights.data, agent.parameters())
+    return weights
+
+
 def update(agent, batch, args):
     """Our update, in place; `batch` holds the rollout's steps in a row, (T·N, …)."""
-    optimizer = torch.optim.Adam([bpo.flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
-    bpo.update(agent, optimizer, batch, args)
+    optimizer = torch.optim.Adam([flat(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
+    bpo.update(agent, optimizer, [batch[name] for name in ("obs", "actions", "logprobs", "returns")], args)
 
 
 def paired(agent, task, when):
@@ -75,7 +82,7 @@ def evaluated(task, args):
     """Our values, log-probabilities, advantages and returns of the file's rollout, (T, N) each."""
     agent, rollout = new_agent(task, args), read(task)
     with torch.no_grad():
-        values, last_value = agent.get_value(rollout["obs"]), agent.get_value(rollout["last_obs"])
+        values, last_value = agent.get_values(rollout["obs"])[0], agent.get_values(rollout["last_obs"])[0]
         logprobs = agent.log_prob(rollout["obs"], rollout["actions"])
     next_values, ends = torch.cat((values[1:], last_value[None])), rollout["terminations"]
     advantages = bpo.gae(rollout["rewards"], values, next_values, ends, ends, args.gamma, args.gae_lambda)
