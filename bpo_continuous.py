@@ -295,7 +295,7 @@ def make_env(env_id, video_folder=None, name_prefix="train"):
         import mujoco
 
         mujoco.set_mju_user_warning(show_warning)
-        env = gym.make(env_id, disable_env_checker=True, render_mode="rgb_array" if video_folder else None)
+        env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if video_folder else {}))
     except Exception as error:  # whatever a task's own code raises
         sys.exit(f"{SCRIPT}: {env_id} can't be made: {one_line(error)}")
     space, actions = env.observation_space, env.action_space
@@ -336,7 +336,7 @@ def make_envs(args, run_dir):
 
 
 def total_loss(agent, args, obs, actions, logprobs, returns):
-    """The loss of a minibatch and its terms. A and Ã are taken against the critics as they are now, and get no gradient."""
+    """The loss of a minibatch, and its terms (K,). A and Ã are taken against the critics as they are now, without gradient."""
     ratio = torch.exp(agent.log_prob(obs, actions) - logprobs)
     values, median_values = agent.get_values(obs)
     advantages = (returns - values).detach()
@@ -349,7 +349,7 @@ def total_loss(agent, args, obs, actions, logprobs, returns):
     mu_loss = args.use_median * median_loss(returns, median_values, args.median_temperature or args.temperature)
     entropy = agent.entropy()
     loss = policy_loss + args.vf_coef * value_loss + args.median_coef * mu_loss - args.ent_coef * entropy
-    return loss, {"policy_loss": policy_loss, "value_loss": value_loss, "median_loss": mu_loss, "entropy": entropy}
+    return loss, torch.stack([policy_loss, value_loss, mu_loss, entropy])
 
 
 def gradient(agent, args, *minibatch):
@@ -357,7 +357,7 @@ def gradient(agent, args, *minibatch):
     loss, terms = total_loss(agent, args, *minibatch)
     grad = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
     grad = grad * (args.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
-    return grad, torch.stack(list(terms.values())).detach()
+    return grad, terms.detach()
 
 
 def step(agent, optimizer, args, *minibatch):
@@ -394,9 +394,7 @@ def train(args, run=None):
     obs_dim, action_dim = next_obs.shape[1], math.prod(envs.single_action_space.shape)
     agent = Agent(obs_dim, action_dim, args)
     agent.action_bounds = envs.single_action_space.low, envs.single_action_space.high
-    weights = nn.Parameter(
-        parameters_to_vector(agent.parameters()).detach()
-    )  # one vector: to clip and to step is one operation
+    weights = nn.Parameter(parameters_to_vector(agent.parameters()).detach())  # one vector is faster to clip and to step
     vector_to_parameters(weights.data, agent.parameters())  # the layers are views of it from here on
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
     actor, update_step = in_numpy(agent.actor_mean), compiled_step(agent, args) if args.compile else step

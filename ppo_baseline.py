@@ -6,13 +6,12 @@ Seen as a bounded ratio: the target is ρ* = 1 + ε·sign(A), and −min(ρA, cl
 one-sided regression whose threshold is the mean. `diff ppo_baseline.py bpo_continuous.py` shows what BPO changes.
 Source: Schulman et al., Proximal Policy Optimization Algorithms, arXiv 1707.06347; defaults are CleanRL's.
 
-    python ppo_baseline.py --env-id Humanoid-v4                   trains; all goes to runs/<env>__<script>__<seed>__<time>/
+    python ppo_baseline.py --env-id Humanoid-v4                   trains; all goes to runs/<env>__<exp_name>__<seed>__<time>/
     python ppo_baseline.py --env-id Humanoid-v4 --preset paper    the same with the BPO authors' PPO settings for this task
     python ppo_baseline.py --resume runs/<run>                    goes on with an interrupted run, to the very same weights
     python ppo_baseline.py --evaluate runs/<run> --capture-video  plays and films what was learned
 
-    agent = load_agent("runs/<run>")                              the trained policy in Python
-    action = agent.act(obs)                                       its mean action, for observations as the task gives them
+In Python, load_agent("runs/<run>").act(obs) is the trained policy's action.
 """
 
 # /// script
@@ -32,10 +31,7 @@ Source: Schulman et al., Proximal Policy Optimization Algorithms, arXiv 1707.063
 # ]
 # ///
 
-import contextlib
-import difflib
 import importlib.metadata
-import io
 import json
 import math
 import multiprocessing.connection
@@ -43,7 +39,6 @@ import os
 import platform
 import random
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -59,35 +54,31 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-try:
-    import mujoco
-except Exception as error:  # MUJOCO_GL names a renderer that is not installed
-    sys.exit(f"{Path(__file__).stem}: mujoco can't be imported ({error}): unset the variable MUJOCO_GL, or set it to egl")
-
 SCRIPT = Path(__file__).stem
-gym.logger.min_level = gym.logger.ERROR  # the paper's tasks are v4, which gymnasium calls out of date at every start
 
 
 @dataclass
 class Args:
     env_id: str = "HalfCheetah-v4"  # gymnasium id of the task
     preset: Literal["default", "paper"] = "default"  # hyperparameters: one set for all tasks, or the authors' for this task
-    exp_name: str = SCRIPT  # the run folder's name has it
+    exp_name: str = SCRIPT  # part of the run folder's name
     seed: int = 1  # seed of networks, policy noise and environments
     total_timesteps: int = 1_000_000  # environment steps in all; the authors train for 40 million, Humanoid for 20 million
     num_envs: int = 1  # parallel environments
     async_envs: bool = False  # a process for each environment: for simulators slower than MuJoCo's tasks
     num_threads: int = 1  # CPU threads of the networks; at these sizes one is fastest
-    compile: bool = False  # compile losses and gradients: faster in long runs; needs a C++ compiler
+    compile: bool = False  # compile the update: faster in long runs; needs a C++ compiler
 
     num_steps: int = 2048  # steps in each environment per rollout
     num_minibatches: int = 32  # minibatches per epoch
     update_epochs: int = 10  # passes over each rollout
-    reevaluate: bool = False  # compute values, advantages and returns anew before each pass
     learning_rate: float = 3e-4  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.99  # discount γ
@@ -97,7 +88,6 @@ class Args:
     norm_adv: bool = True  # centre and scale the minibatch's advantages
     vf_coef: float = 0.5  # coefficient of the value loss ½(R̂−V)²
     ent_coef: float = 0.0  # coefficient of the entropy bonus
-    mean_entropy: bool = False  # the bonus is the entropy's mean over action dimensions, not their sum
     max_grad_norm: float = 0.5  # gradients are clipped to this norm, taken over all parameters
     norm_obs: bool = True  # normalise observations by their running mean and variance
     norm_reward: bool = True  # divide rewards by the running standard deviation of their discounted sum
@@ -118,17 +108,716 @@ class Args:
     evaluate: str | None = None  # run folder, or a checkpoint in it, whose policy is played; nothing is trained
 
 
-PACKAGES = ("gymnasium", "mujoco")  # config.json has their versions
+def check_args(args):
+    """Exits with a line on arguments that can't be."""
 
-# What stands here for the flags of CleanRL that are missing.
-CLEANRL = {
-    "cuda": "networks of this size are fastest on a CPU, and run there",
-    "hf_entity": "nothing is uploaded",
-    "save_model": "each run saves its model; load_agent(run folder) loads it",
-    "target_kl": "all --update-epochs are run; losses/approx_kl has the KL",
-    "torch_deterministic": "the same seed gives the same weights on a CPU, always",
-    "upload_model": "nothing is uploaded",
-}
+    def check(names, fine, rule):
+        for name in names.split():
+            if (value := getattr(args, name)) is not None and not (math.isfinite(value) and fine(value)):
+                sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be {rule}")
+
+    batch_size = args.num_envs * args.num_steps
+    counts = "num_envs num_steps update_epochs hidden_size checkpoint_every eval_episodes"
+    check(counts, lambda x: 1 <= x <= 10**8, "at least 1, and at most 100,000,000")
+    check("num_threads", lambda x: 1 <= x <= 1024, "at least 1, and at most 1024")
+    check("seed eval_every", lambda x: 0 <= x <= 10**9, "between 0 and 1,000,000,000")
+    check("learning_rate max_grad_norm", lambda x: x > 0, "a positive number")
+    check("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
+    check("clip_coef", lambda x: 0 < x < 1, "between 0 and 1, so that the band [1−ε, 1+ε] holds positive ratios")
+    check("vf_coef ent_coef log_std_init actor_gain", lambda x: True, "a finite number")
+    check("num_minibatches", lambda x: 1 <= x <= batch_size / 2, f"at most half of --num-envs × --num-steps = {batch_size}")
+    check("total_timesteps", lambda x: x >= batch_size, f"at least one batch, --num-envs × --num-steps = {batch_size}")
+
+
+# The equations --------------------------------------------------------------------------------------------------------
+
+
+def ppo_loss(ratio, advantages, clip_coef):
+    """Clipped surrogate −E[min(ρA, clip(ρ, 1−ε, 1+ε)A)] (Schulman et al., 2017): (B,), (B,) → a scalar."""
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
+
+
+def clipped_value_loss(values, old_values, returns, clip_coef):
+    """½E[max((V−R̂)², (V₀ + clip(V−V₀, −ε, ε) − R̂)²)], as CleanRL and the authors of PPO: (B,), (B,), (B,) → a scalar."""
+    clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+    return 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square()).mean()
+
+
+def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+    """A_t = δ_t + γλ·(1 − done_t)·A_{t+1} with δ_t = r_t + γ·V(s_{t+1}) − V(s_t), all (T, N) (Schulman et al., 2016).
+
+    V(s_{t+1}) is that of where the action led, before any reset, and 0 after a termination, whatever `next_values` has there.
+    Every end of an episode, by time limit too, ends the sum.
+    """
+    deltas = rewards + gamma * torch.where(terminations > 0, 0.0, next_values) - values
+    advantages, last = [], torch.zeros_like(deltas[0])
+    for delta, decay in zip(deltas.flip(0), (gamma * gae_lambda * (1 - dones)).flip(0)):
+        last = delta + decay * last
+        advantages.append(last)
+    return torch.stack(advantages).flip(0)
+
+
+# Network --------------------------------------------------------------------------------------------------------------
+
+
+def layer_init(layer, gain=2**0.5):
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def hidden_layers(inputs, args, gain=2**0.5):
+    activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[args.activation]
+    first, second = nn.Linear(inputs, args.hidden_size), nn.Linear(args.hidden_size, args.hidden_size)
+    return nn.Sequential(layer_init(first, gain), activation(), layer_init(second, gain), activation())
+
+
+class Agent(nn.Module):
+    """Gaussian actor, mean critic V, and the running statistics of observations and returns."""
+
+    def __init__(self, obs_dim, action_dim, args):
+        super().__init__()
+        self.args, self.action_bounds = args, (np.full(action_dim, -np.inf), np.full(action_dim, np.inf))
+        output = layer_init(nn.Linear(args.hidden_size, action_dim), args.actor_gain)
+        self.actor_mean = hidden_layers(obs_dim, args).append(output)
+        self.actor_logstd = nn.Parameter(torch.full((action_dim,), args.log_std_init))
+        self.critic = hidden_layers(obs_dim, args)
+        self.value_head = layer_init(nn.Linear(args.hidden_size, 1), 1.0)
+        self.obs_rms, self.return_rms = RunningMeanStd(obs_dim), RunningMeanStd()
+
+    def log_prob(self, obs, actions):
+        """log π(a|s): normalised observations (..., D), actions (..., A) → (...)"""
+        z = (actions - self.actor_mean(obs)) * torch.exp(-self.actor_logstd)
+        return -0.5 * (z * z).sum(-1) - self.actor_logstd.sum() - 0.5 * math.log(2 * math.pi) * z.shape[-1]
+
+    def entropy(self):
+        """Entropy of the policy, the same in every state: a scalar."""
+        return (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
+
+    def get_value(self, obs):
+        """V(s): normalised observations (..., D) → (...)"""
+        return self.value_head(self.critic(obs)).squeeze(-1)
+
+    def normalize(self, obs):
+        """Raw observations (..., D) → the networks' inputs, float32 arrays both; in standard deviations with --norm-obs."""
+        if self.args.norm_obs:
+            obs = ((obs - self.obs_rms.mean.numpy()) * self.obs_rms.scale.numpy()).clip(-10, 10)
+        return obs.astype(np.float32)
+
+    def bound(self, actions):
+        """The policy's actions (..., A) → those the task takes (..., *its shape), within its bounds: arrays both."""
+        low, high = self.action_bounds
+        actions = actions.reshape(actions.shape[:-1] + low.shape)
+        return low + (actions.clip(-1, 1) + 1) / 2 * (high - low) if self.args.rescale_actions else actions.clip(low, high)
+
+    def act(self, obs):
+        """The mean action for raw, flat observations (D,), or the actions for (N, D), as the task takes them: an array."""
+        return self.bound(in_numpy(self.actor_mean)(self.normalize(np.asarray(obs))))
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of all batches seen so far (Chan et al., 1979); saved with the weights, but not trained."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("scale", torch.ones(shape, dtype=torch.float64))  # one over the standard deviation
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, batch):
+        """Takes in an array (B, *shape)."""
+        batch = torch.from_numpy(batch).double()
+        total, delta = self.count + len(batch), batch.mean(0) - self.mean
+        squares = self.var * self.count + batch.var(0, correction=0) * len(batch)
+        self.var.copy_((squares + delta**2 * self.count * len(batch) / total) / total)
+        self.mean.add_(delta * len(batch) / total)
+        constant = self.var <= (1e-12 * self.mean).square()  # but for rounding; its scale stays 1
+        self.scale.copy_(torch.where(constant, 1.0, self.var.rsqrt()))
+        self.count.copy_(total)
+
+
+def in_numpy(network):
+    """The same function of float32 arrays, on the memory of the weights: for a few rows torch costs more than arithmetic."""
+
+    def in_torch(layer):
+        return lambda x: layer(torch.from_numpy(x)).detach().numpy()
+
+    def linear(layer):
+        weight, bias = layer.weight.detach().numpy().T, layer.bias.detach().numpy()
+        return lambda x: x @ weight + bias
+
+    known = {nn.Linear: linear, nn.Tanh: lambda _: np.tanh, nn.ReLU: lambda _: partial(np.maximum, np.float32(0))}
+    functions = [known.get(type(layer), in_torch)(layer) for layer in network]
+
+    def actor(x):
+        for function in functions:
+            x = function(x)
+        return x
+
+    return actor
+
+
+# Environment ----------------------------------------------------------------------------------------------------------
+
+
+def make_env(env_id, video_folder=None, name_prefix="train"):
+    """One environment with flat observations, filmed if there is a `video_folder`. Exits with a line on a wrong task."""
+    if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
+        sys.exit(f"{SCRIPT}: {env_id} is an Atari game: use bpo_atari.py, for PPO with --loss ppo")
+    if video_folder:
+        import torch._dynamo  # noqa: F401  Adam needs it, and Triton in it crashes if a renderer's LLVM was loaded before
+
+        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    try:
+        import mujoco
+
+        mujoco.set_mju_user_warning(show_warning)
+        env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if video_folder else {}))
+    except Exception as error:  # whatever a task's own code raises
+        sys.exit(f"{SCRIPT}: {env_id} can't be made: {one_line(error)}")
+    space, actions = env.observation_space, env.action_space
+    if not isinstance(actions, gym.spaces.Box) or not np.issubdtype(actions.dtype, np.floating):
+        sys.exit(f"{SCRIPT}: {env_id}'s actions are {actions}: this script is for continuous actions, a Box of reals")
+    image = isinstance(space, gym.spaces.Box) and len(space.shape) > 1 + (space.dtype != np.uint8)
+    if image or not space.is_np_flattenable:
+        sys.exit(f"{SCRIPT}: {env_id} observes {space}: this script takes vectors, and no images")
+    if video_folder:
+        length = 0 if env.spec.max_episode_steps else 1000  # steps, kept in memory; 0: whole episodes
+        env = gym.wrappers.RecordVideo(env, str(video_folder), video_length=length, name_prefix=name_prefix)
+    return Task(gym.wrappers.FlattenObservation(env))
+
+
+class SyncEnvs(gym.vector.SyncVectorEnv):
+    """gymnasium's SyncVectorEnv with the step cut down to same-step autoreset, at a fraction of its overhead."""
+
+    def step(self, actions):
+        infos = {}
+        for i, env in enumerate(self.envs):
+            obs, self._rewards[i], self._terminations[i], self._truncations[i], _ = env.step(actions[i])
+            if self._terminations[i] or self._truncations[i]:
+                infos.setdefault("final_obs", {})[i] = obs
+                obs, _ = env.reset()
+            self._observations[i] = obs
+        return self._observations, self._rewards, self._terminations, self._truncations, infos
+
+
+def make_envs(args, run_dir):
+    """`num_envs` environments that reset themselves in the step that ends an episode, so no transition crosses a reset."""
+    folders = [run_dir / "videos" if args.capture_video and i == 0 else None for i in range(args.num_envs)]
+    env_fns = [partial(make_env, args.env_id, folder, f"train-{int(time.time())}") for folder in folders]
+    vectorise = AsyncEnvs if args.async_envs else SyncEnvs
+    return vectorise(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def total_loss(agent, args, obs, actions, logprobs, old_values, advantages, returns):
+    """The loss of a minibatch, and its terms (K,)."""
+    ratio = torch.exp(agent.log_prob(obs, actions) - logprobs)
+    values = agent.get_value(obs)
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+    policy_loss = ppo_loss(ratio, advantages, args.clip_coef)
+    value_loss = clipped_value_loss(values, old_values, returns, args.clip_coef if args.clip_vloss else math.inf)
+    entropy = agent.entropy()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    return loss, torch.stack([policy_loss, value_loss, entropy])
+
+
+def gradient(agent, args, *minibatch):
+    """The gradient of the total loss, clipped, as one vector (P,), and the terms of the loss (K,)."""
+    loss, terms = total_loss(agent, args, *minibatch)
+    grad = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
+    grad = grad * (args.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
+    return grad, terms.detach()
+
+
+def step(agent, optimizer, args, *minibatch):
+    """One step of Adam on a minibatch; returns the terms of the loss (K,)."""
+    (weights,) = optimizer.param_groups[0]["params"]
+    weights.grad, terms = gradient(agent, args, *minibatch)
+    optimizer.step()
+    return terms
+
+
+def update(agent, optimizer, batch, args, step=step):
+    """Fits policy and critics to a rollout, tensors (B, …) in the order `total_loss` takes them; the terms' means (K,)."""
+    history = []
+    for _ in range(args.update_epochs):
+        shuffle = torch.randperm(len(batch[0]))
+        for minibatch in zip(*(tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch)):
+            history.append(step(agent, optimizer, args, *minibatch))
+    return torch.stack(history).mean(0)
+
+
+def train(args, run=None):
+    """Trains, evaluates and draws the learning curve; returns the run folder. `run` is what `begin(args)` gives."""
+    run_dir, args, checkpoint = run or begin(args)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.num_threads)
+    threadpool_limits(args.num_threads)  # numpy's
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+
+    envs = make_envs(args, run_dir)
+    next_obs, _ = envs.reset(seed=[args.seed + 100_000 * i for i in range(args.num_envs)])
+    obs_dim, action_dim = next_obs.shape[1], math.prod(envs.single_action_space.shape)
+    agent = Agent(obs_dim, action_dim, args)
+    agent.action_bounds = envs.single_action_space.low, envs.single_action_space.high
+    weights = nn.Parameter(parameters_to_vector(agent.parameters()).detach())  # one vector is faster to clip and to step
+    vector_to_parameters(weights.data, agent.parameters())  # the layers are views of it from here on
+    optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)
+    actor, update_step = in_numpy(agent.actor_mean), compiled_step(agent, args) if args.compile else step
+
+    iteration, start_time, best = 0, time.time(), -math.inf
+    episode_return, episode_length, discounted = np.zeros(args.num_envs), np.zeros(args.num_envs, int), np.zeros(args.num_envs)
+    if checkpoint:
+        iteration, start_time, best = checkpoint["iteration"], time.time() - checkpoint["seconds"], checkpoint["best"]
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["torch_rng"])
+        if all(checkpoint["simulators"]):
+            envs.set_attr("simulator_state", checkpoint["simulators"])
+            next_obs, episode_return, episode_length, discounted = checkpoint["episodes"]
+        else:
+            next_obs, _ = envs.reset(seed=args.seed + iteration)
+            print(f"the simulator of {args.env_id} can't be saved: new episodes begin")
+
+    shape = (args.num_steps, args.num_envs)
+    obs, final_obs = np.zeros((2, *shape, obs_dim), np.result_type(next_obs, np.float32))  # before and after each action
+    actions = np.zeros((*shape, action_dim), np.float32)
+    rewards, discounted_returns = np.zeros(shape), np.zeros(shape)
+    terminations, truncations = np.zeros(shape, bool), np.zeros(shape, bool)
+    log = Log(args, run_dir, start_time, iteration * batch_size)
+
+    while True:
+        if iteration % args.checkpoint_every == 0 or iteration == num_iterations:
+            save_checkpoint(run_dir / "checkpoint.pt", agent, args, iteration=iteration, seconds=time.time() - start_time,
+                            best=best, optimizer=optimizer.state_dict(), torch_rng=torch.get_rng_state(),
+                            simulators=envs.get_attr("simulator_state"),
+                            episodes=(next_obs, episode_return, episode_length, discounted))  # fmt: skip
+        if iteration == num_iterations:
+            break
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+
+        # Rollout. Only the actor runs here; values and log-probabilities of the whole rollout are one pass afterwards.
+        noise = (torch.randn(*shape, action_dim) * agent.actor_logstd.detach().exp()).numpy()
+        for t in range(args.num_steps):
+            obs[t] = next_obs
+            actions[t] = action = actor(agent.normalize(next_obs)) + noise[t]
+            next_obs, rewards[t], terminations[t], truncations[t], infos = envs.step(agent.bound(action))
+            final_obs[t] = next_obs
+            discounted_returns[t] = discounted = args.gamma * discounted + rewards[t]
+            episode_return += rewards[t]
+            episode_length += 1
+            for i in np.flatnonzero(terminations[t] | truncations[t]):
+                final_obs[t, i] = infos["final_obs"][i]  # next_obs is a new episode's
+                log.episode(iteration * batch_size + (t + 1) * args.num_envs, episode_return[i], episode_length[i])
+                episode_return[i] = episode_length[i] = discounted[i] = 0
+        iteration += 1
+
+        # Advantages and returns. The statistics of the observations stand still while a rollout is collected and learned
+        # from, so that π₀ is one policy; only the first rollout sets them beforehand, if its policy ignored its input.
+        first = iteration == 1 and args.actor_gain == 0
+        if first:
+            agent.obs_rms.update(obs.reshape(batch_size, -1))
+        agent.return_rms.update(discounted_returns.flatten())
+        scaled_rewards = torch.from_numpy(rewards)
+        if args.norm_reward:
+            scaled_rewards = (scaled_rewards * agent.return_rms.scale).clamp(-10, 10)
+        b_obs, b_actions = torch.from_numpy(agent.normalize(obs)), torch.from_numpy(actions)
+        with torch.no_grad():
+            b_logprobs = agent.log_prob(b_obs, b_actions)
+            values = agent.get_value(b_obs)
+            next_values = agent.get_value(torch.from_numpy(agent.normalize(final_obs)))
+        ends = torch.from_numpy(terminations).float(), torch.from_numpy(terminations | truncations).float()
+        advantages = gae(scaled_rewards.float(), values, next_values, *ends, args.gamma, args.gae_lambda)
+        b_returns = advantages + values
+
+        # Update.
+        batch = [tensor.flatten(0, 1) for tensor in (b_obs, b_actions, b_logprobs, values, advantages, b_returns)]
+        terms = update(agent, optimizer, batch, args, update_step)
+        if not first:
+            agent.obs_rms.update(obs.reshape(batch_size, -1))
+
+        metrics = dict(zip(("policy_loss", "value_loss", "entropy"), terms)) | ratio_metrics(agent, args, *batch)
+        for name, value in {**metrics, "a weight": weights, "an observation": agent.obs_rms.var}.items():
+            if not value.isfinite().all():
+                envs.close()
+                sys.exit(f"{SCRIPT}: stopped at step {iteration * batch_size}: {name} is not finite. "
+                         f"{run_dir} keeps the last good checkpoint")  # fmt: skip
+        metrics["explained_variance"] = 1 - advantages.var() / b_returns.var()
+        log.iteration(iteration * batch_size, metrics, optimizer.param_groups[0]["lr"])
+        if args.eval_every and iteration % args.eval_every == 0:
+            score = float(np.mean(evaluate(agent, args)))
+            log.writer.add_scalar("eval/mean_return", score, iteration * batch_size)
+            if score > best:
+                best = score
+                save_checkpoint(run_dir / "best.pt", agent, args, step=iteration * batch_size, score=score)
+
+    envs.close()
+    for episode, score in enumerate(evaluate(agent, args, run_dir)):
+        log.writer.add_scalar("eval/episodic_return", score, episode)
+    log.close()
+    finish(args, run_dir)
+    return run_dir
+
+
+# What surrounds a run -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ratio_metrics(agent, args, obs, actions, logprobs, *_):
+    """What an update did to the ratios of its rollout: estimates of KL(π₀‖π), share outside the band."""
+    logratio = agent.log_prob(obs, actions) - logprobs
+    ratio = logratio.exp()
+    return {
+        "old_approx_kl": -logratio.mean(),
+        "approx_kl": (ratio - 1 - logratio).mean(),
+        "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+    }
+
+
+def compiled_step(agent, args):
+    """`step` with loss, gradient and Adam compiled into one function of the flat weights, once for each size of minibatch.
+
+    It skips torch.compile, whose checks before each call would take as long as the arithmetic.
+    """
+    shapes = {f"agent.{name}": parameter.shape for name, parameter in agent.named_parameters()}
+    compiled = {}
+
+    class Gradient(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.agent = agent
+
+        def forward(self, *minibatch):
+            return gradient(agent, args, *minibatch)
+
+    def adam(weights, m, v, rate, root, *minibatch):
+        """Adam (Kingma and Ba, 2015) in place, with rate = α/(1−β₁ᵗ) and root = √(1−β₂ᵗ); returns the terms of the loss."""
+        parts = weights.split([shape.numel() for shape in shapes.values()])
+        parameters = {name: part.view(shapes[name]).detach().requires_grad_() for name, part in zip(shapes, parts)}
+        g, terms = torch.func.functional_call(Gradient(), parameters, minibatch)
+        m.lerp_(g, 0.1)  # m ← β₁m + (1−β₁)g, β₁ = 0.9
+        v.lerp_(g * g, 0.001)  # v ← β₂v + (1−β₂)g², β₂ = 0.999
+        weights.sub_(rate * m / (v.sqrt() / root + 1e-5))
+        return terms
+
+    def fast_step(agent, optimizer, args, *minibatch):
+        (weights,) = optimizer.param_groups[0]["params"]
+        state, size = optimizer.state[weights], len(minibatch[0])
+        if not state:  # Adam makes it in its first step
+            return step(agent, optimizer, args, *minibatch)
+        t = state["step"].add_(1).item()
+        rate, root = optimizer.param_groups[0]["lr"] / (1 - 0.9**t), (1 - 0.999**t) ** 0.5
+        inputs = [weights.data, state["exp_avg"], state["exp_avg_sq"], torch.tensor(rate), torch.tensor(root), *minibatch]
+        if size not in compiled:
+            graph = make_fx(adam)(*[tensor.clone() for tensor in inputs])
+            for node in graph.graph.nodes:
+                node.meta.clear()  # the compiler makes its own
+            try:
+                compiled[size] = torch._inductor.compile(graph, inputs, options={"cpp_wrapper": True})
+            except Exception as error:  # such as no C++ compiler
+                if adam not in compiled.values():
+                    print(f"--compile fails, training goes on without it: {one_line(error)[:200]}")
+                compiled[size] = adam
+        return compiled[size](*inputs)
+
+    return fast_step
+
+
+class Task(gym.Wrapper):
+    """A task without its infos, which cost a vector environment time, and with a simulator that can be saved."""
+
+    # The wrappers within which it can: later steps depend on no state of theirs, or on one that is saved with it.
+    STATELESS = (gym.wrappers.FlattenObservation, gym.wrappers.RecordVideo, gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        return obs, np.asarray(reward).item(), terminated, truncated, {}  # a reward of shape (1,) is a number too
+
+    def reset(self, **kwargs):
+        return self.env.reset(**kwargs)[0], {}
+
+    @property
+    def simulator_state(self):
+        """All that later steps depend on, as a dict of arrays and plain data; None where the simulator can't be saved."""
+        env = self.env
+        while type(env) in self.STATELESS:
+            env = env.env
+        if not type(env).__module__.startswith(("gymnasium.envs.mujoco", "gymnasium.envs.classic_control")):
+            return None
+        state = {"env": {k: v for k, v in vars(env).items() if isinstance(v, np.ndarray | np.generic | float | int)}}
+        state |= {"rng": env.np_random.bit_generator.state, "elapsed_steps": self.get_wrapper_attr("_elapsed_steps")}
+        if hasattr(env, "data"):
+            import mujoco
+
+            state["physics"] = np.empty(mujoco.mj_stateSize(env.model, mujoco.mjtState.mjSTATE_INTEGRATION))
+            mujoco.mj_getState(env.model, env.data, state["physics"], mujoco.mjtState.mjSTATE_INTEGRATION)
+            # Rewards also read derived arrays, such as body positions, which MuJoCo leaves one substep behind its state.
+            new = mujoco.MjData(env.model)  # those whose size depends on the contacts are empty in it
+            names = [name for name in dir(new) if isinstance(getattr(new, name), np.ndarray) and getattr(new, name).size]
+            state["data"] = {name: getattr(env.data, name) for name in names}
+        return state
+
+    @simulator_state.setter
+    def simulator_state(self, state):
+        env = self.unwrapped
+        env.np_random.bit_generator.state = state["rng"]
+        self.set_wrapper_attr("_elapsed_steps", state["elapsed_steps"])
+        for name, value in state["env"].items():
+            setattr(env, name, value[()] if isinstance(value, np.ndarray) else value)
+        if "physics" in state:
+            import mujoco
+
+            mujoco.mj_setState(env.model, env.data, state["physics"], mujoco.mjtState.mjSTATE_INTEGRATION)
+            for name, value in state["data"].items():
+                getattr(env.data, name)[...] = value
+
+
+class AsyncEnvs(gym.vector.AsyncVectorEnv):
+    """gymnasium's AsyncVectorEnv, which waits for ever where a process fails or ends while another is at work."""
+
+    def step_wait(self, timeout=None):
+        waiting, ends = list(self.parent_pipes), [process.sentinel for process in self.processes]
+        while waiting:
+            ready = multiprocessing.connection.wait(waiting + ends, timeout=1)
+            failed = not self.error_queue.empty()
+            if failed or any(end in ready for end in ends):
+                for process in self.processes:
+                    process.kill()
+                self.closed = True
+                reason = self.error_queue.get()[3].strip() if failed else "its process ended"
+                raise RuntimeError(f"an environment failed: {reason}")
+            waiting = [pipe for pipe in waiting if pipe not in ready]
+        return super().step_wait()
+
+
+def show_warning(text):
+    """MuJoCo's warnings on the screen, not in a file; that the tasks' own models are of an older style helps nobody."""
+    if "settotalmass" not in text:
+        print(f"MuJoCo: {text}", file=sys.stderr)
+
+
+def one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def begin(args, total_timesteps=None):
+    """What `train` starts from: the run folder, its arguments, its checkpoint or None. Exits with a line on bad input.
+
+    With `args.resume` the run goes on under its own configuration, to its end or to `total_timesteps`.
+    """
+    checkpoint = load_checkpoint(args.resume) if args.resume else None
+    if checkpoint:
+        run_dir, args = Path(args.resume), checkpoint["args"]
+        if total_timesteps is not None:
+            args = replace(args, total_timesteps=total_timesteps)
+    check_args(args)
+    batch_size, done = args.num_envs * args.num_steps, checkpoint["iteration"] if checkpoint else 0
+    if done * batch_size > args.total_timesteps:
+        sys.exit(f"{SCRIPT}: {run_dir} is at step {done * batch_size} already, beyond --total-timesteps {args.total_timesteps}")
+    try_env(args)
+    if checkpoint and total_timesteps is not None and args.anneal_lr:
+        rate = args.learning_rate * (1 - done / (total_timesteps // batch_size))
+        print(f"the learning rate now falls to 0 at step {total_timesteps:,}; here it is {rate:.3g}")
+    if checkpoint:  # later episodes will be played again
+        rows = (run_dir / "episodes.csv").read_text().splitlines(keepends=True)
+        whole = [row for row in rows[1:] if row.endswith("\n") and int(row.split(",")[0]) <= done * batch_size]
+        (run_dir / "episodes.csv").write_text("".join(rows[:1] + whole))
+    else:
+        stamp, name = int(time.time()), re.sub("[/:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__")
+        while (run_dir := Path(f"runs/{name}{stamp}")).exists():
+            stamp += 1
+        run_dir.mkdir(parents=True)
+        (run_dir / "episodes.csv").write_text("step,return,length,wall_time\n")
+    print(f"run folder: {run_dir}", flush=True)
+
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+    config = asdict(args) | {"versions": {"python": platform.python_version()} | versions, "commit": commit}
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
+    if args.track:
+        import wandb
+
+        name, script = run_dir.resolve().name, Path(__file__).resolve()
+        try:
+            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=name, id=name,
+                       resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+            wandb.save(str(script), base_path=str(script.parent), policy="now")
+        except wandb.errors.Error as error:
+            sys.exit(f"{SCRIPT}: --track: {one_line(error)}")
+    return run_dir, args, checkpoint
+
+
+def try_env(args):
+    """Exits with a line, before there is a run folder, on a task that can't be played, or be filmed with --capture-video."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = make_env(args.env_id, folder if args.capture_video else None)
+        size, low, high = (
+            env.observation_space.shape[0],
+            env.action_space.low.astype(float),
+            env.action_space.high.astype(float),
+        )
+        needed = 8 * args.num_envs * args.num_steps * (2 * size + low.size + 4)  # bytes of a rollout
+        np.empty(needed + 64 * args.hidden_size**2 + 2**20 * args.num_envs, np.uint8)  # a MemoryError comes here, not later
+        if args.rescale_actions and not env.action_space.is_bounded():
+            sys.exit(f"{SCRIPT}: --rescale-actions: the actions of {args.env_id} have no bounds: {env.action_space}")
+        try:
+            env.reset(seed=args.seed)
+            env.close()  # which writes what was filmed
+        except Exception as error:  # each renderer fails in its own way
+            verb, hint = ("filmed", "; MUJOCO_GL=egl renders without a screen") if args.capture_video else ("played", "")
+            sys.exit(f"{SCRIPT}: {args.env_id} can't be {verb}: {one_line(error)}{hint}")
+    sigma = math.exp(args.log_std_init)
+    covered, width = np.minimum(high, sigma) - np.maximum(low, -sigma), high - low  # within ±σ, and in all
+    narrow, wide = np.isfinite(width) & (covered < 0.1 * width), (width > 0) & (2 * sigma > 10 * width)
+    if not args.rescale_actions and (narrow | wide).any():
+        share = "less than a tenth of" if narrow.any() else "more than ten times"
+        print(f"the first policy, N(0, {sigma:.2g}²), covers {share} the range of the actions of {args.env_id}: see "
+              "--rescale-actions and --log-std-init")  # fmt: skip
+
+
+class Log:
+    """episodes.csv, TensorBoard and the progress bar; without a terminal a line a minute."""
+
+    def __init__(self, args, run_dir, start_time, start):
+        self.args, self.start_time, self.next_line, self.recent = args, start_time, time.time() + 60, deque(maxlen=20)
+        self.csv = open(run_dir / "episodes.csv", "a")  # noqa: SIM115  closed in `close`
+        self.writer = SummaryWriter(run_dir, purge_step=start + 1)
+        flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
+        batch_size = args.num_envs * args.num_steps
+        self.total = args.total_timesteps // batch_size * batch_size
+        self.progress = tqdm(total=self.total, initial=start, unit=" steps", disable=None)
+
+    def episode(self, step, episodic_return, length):
+        self.csv.write(f"{step},{float(episodic_return)},{length},{time.time() - self.start_time:.1f}\n")
+        self.writer.add_scalar("charts/episodic_return", episodic_return, step)
+        self.writer.add_scalar("charts/episodic_length", length, step)
+        self.recent.append(episodic_return)
+
+    def iteration(self, step, metrics, learning_rate):
+        speed = step / (time.time() - self.start_time)
+        for name, value in metrics.items():
+            self.writer.add_scalar(f"losses/{name}", value, step)
+        self.writer.add_scalar("charts/learning_rate", learning_rate, step)
+        self.writer.add_scalar("charts/SPS", int(speed), step)
+        self.writer.flush()
+        self.csv.flush()
+        recent = f"{np.mean(self.recent):.1f}" if self.recent else "-"
+        self.progress.set_postfix({"return": recent}, refresh=False)
+        self.progress.update(self.args.num_envs * self.args.num_steps)
+        if self.progress.disable and time.time() > self.next_line:
+            self.next_line = time.time() + 60
+            left = self.progress.format_interval((self.total - step) / speed)
+            print(f"step {step:,}: return {recent}, {speed:.0f} steps/s, {left} left", flush=True)
+
+    def close(self):
+        self.progress.close()
+        self.csv.close()
+        self.writer.close()
+
+
+def convert(tree, types, function):
+    """Applies `function` to the leaves of these types in nested dicts, lists and tuples."""
+    if isinstance(tree, dict):
+        return {key: convert(value, types, function) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(convert(value, types, function) for value in tree)
+    return function(tree) if isinstance(tree, types) else tree
+
+
+def save_checkpoint(path, agent, args, **state):
+    """Writes tensors and plain data to a temporary file and renames it: at any instant there is a whole one."""
+    state |= {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "action_bounds": agent.action_bounds}
+    state = convert(state, np.ndarray | np.generic, lambda array: torch.from_numpy(np.array(array)))
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(run_dir):
+    """The checkpoint of a run folder of this script, or that file itself; exits with a line if there is none."""
+    path = Path(run_dir) if Path(run_dir).is_file() else Path(run_dir) / "checkpoint.pt"
+    if not path.is_file():
+        sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script, args = checkpoint["script"], checkpoint["args"]
+        if script == SCRIPT:
+            plain = {name: value for name, value in checkpoint.items() if name not in ("agent", "optimizer", "torch_rng")}
+            return checkpoint | convert(plain, torch.Tensor, torch.Tensor.numpy) | {"args": Args(**args)}
+    except Exception as error:  # damage shows in many ways
+        sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
+    sys.exit(f"{SCRIPT}: {run_dir} is a run of {script}.py")
+
+
+def load_agent(run_dir):
+    """The agent of a run folder, or of a checkpoint in it such as best.pt: `load_agent(run_dir).act(obs)`."""
+    checkpoint = load_checkpoint(run_dir)
+    weights = checkpoint["agent"]
+    agent = Agent(len(weights["obs_rms.mean"]), len(weights["actor_logstd"]), checkpoint["args"])
+    agent.load_state_dict(weights)
+    agent.action_bounds = checkpoint["action_bounds"]
+    return agent
+
+
+def evaluate(agent, args, run_dir=None):
+    """The returns of `eval_episodes` episodes of mean actions; with a run folder they are printed, and may be filmed."""
+    env, returns = make_env(args.env_id, run_dir / "videos" if run_dir and args.capture_video else None, "eval"), []
+    for episode in range(args.eval_episodes):
+        obs, _ = env.reset(seed=args.seed + 1_050_000 + episode)  # no training seeds
+        returns.append(0.0)
+        for _ in range(env.spec.max_episode_steps or 100_000):  # a good policy might never end an episode
+            obs, reward, terminated, truncated, _ = env.step(agent.act(obs))
+            returns[-1] += reward
+            if terminated or truncated:
+                break
+        if run_dir:
+            print(f"evaluation, episode {episode + 1} of {args.eval_episodes}: return {returns[-1]:.1f}", flush=True)
+    env.close()
+    if run_dir:
+        mean, std = np.mean(returns), np.std(returns)
+        print(f"evaluation: {mean:.1f} ± {std:.1f} (mean ± std of {len(returns)} episodes, mean actions)")
+    return returns
+
+
+def finish(args, run_dir):
+    """Draws the learning curve: the return of every episode, and the mean of the last 20. Names the videos."""
+    rows = [row.split(",") for row in (run_dir / "episodes.csv").read_text().splitlines()[1:]]
+    steps, returns = np.array([row[:2] for row in rows if len(row) == 4], float).reshape(-1, 2).T  # a killed run may cut one
+    means = [returns[max(0, i - 20) : i].mean() for i in range(1, len(returns) + 1)]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, returns, ".", alpha=0.25, label="episode")
+    axes.plot(steps, means, color="tab:blue", label="mean of the last 20 episodes")
+    title = f"{args.env_id}, {SCRIPT}, seed {args.seed}"
+    axes.set(xlabel="environment steps", ylabel="return (undiscounted)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run_dir / "learning_curve.png", dpi=120)
+    print(f"learning curve: {run_dir / 'learning_curve.png'}")
+    videos = sorted(run_dir.glob("videos/*.mp4"))
+    for video in videos:
+        print(f"video: {video}")
+    if args.track:
+        import wandb
+
+        wandb.log({f"videos/{video.stem}": wandb.Video(str(video)) for video in videos})
+        wandb.finish()
+
 
 # The authors' hyperparameters. Their value loss is (R̂−V)², ours ½(R̂−V)² as CleanRL's, hence twice their vf_coef.
 PAPER_ALL = dict(hidden_size=256, activation="relu", norm_obs=False, norm_reward=False, clip_vloss=False, anneal_lr=False,
@@ -152,810 +841,15 @@ def paper_settings(task, args):
     return PAPER_ALL | PAPER[task]
 
 
-def check_loss_args(args):
-    """Exits with a line on hyperparameters the loss is not defined for."""
-    if not 0 < args.clip_coef < 1:
-        sys.exit(f"{SCRIPT}: --clip-coef {args.clip_coef} must lie between 0 and 1: the band [1−ε, 1+ε] holds positive ratios")
-
-
-# Environment ----------------------------------------------------------------------------------------------------------
-
-
-# The wrappers within which a simulator can be saved: later steps depend on no state of theirs, or on one that is saved with it.
-STATELESS = (gym.wrappers.FlattenObservation, gym.wrappers.RecordVideo, gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing)
-
-
-class Task(gym.Wrapper):
-    """A task without its infos, which cost a vector environment time, and with a simulator that can be saved."""
-
-    def step(self, action):
-        obs, reward, terminated, truncated, _ = self.env.step(action)
-        return obs, np.asarray(reward).item(), terminated, truncated, {}  # a reward of shape (1,) is a number too
-
-    def reset(self, **kwargs):
-        return self.env.reset(**kwargs)[0], {}
-
-    @property
-    def simulator_state(self):
-        """All that later steps depend on, as a dict of arrays and plain data; None where the simulator can't be saved."""
-        env = self.env
-        while type(env) in STATELESS:
-            env = env.env
-        if not type(env).__module__.startswith(("gymnasium.envs.mujoco", "gymnasium.envs.classic_control")):
-            return None
-        state = {f"env.{k}": v for k, v in vars(env).items() if isinstance(v, np.ndarray | np.generic | float | int)}
-        if hasattr(env, "data"):
-            state["physics"] = np.empty(mujoco.mj_stateSize(env.model, mujoco.mjtState.mjSTATE_INTEGRATION))
-            mujoco.mj_getState(env.model, env.data, state["physics"], mujoco.mjtState.mjSTATE_INTEGRATION)
-            # Rewards also read derived arrays, such as body positions, which MuJoCo leaves one substep behind its state.
-            new = mujoco.MjData(env.model)  # those whose size depends on the contacts are empty in it
-            names = [name for name in dir(new) if isinstance(getattr(new, name), np.ndarray) and getattr(new, name).size]
-            state |= {f"data.{name}": getattr(env.data, name) for name in names}
-        elapsed = self.get_wrapper_attr("_elapsed_steps") if self.has_wrapper_attr("_elapsed_steps") else None
-        return state | {"elapsed_steps": elapsed, "rng": env.np_random.bit_generator.state}
-
-    @simulator_state.setter
-    def simulator_state(self, state):
-        env = self.unwrapped
-        env.np_random.bit_generator.state = state["rng"]
-        if state["elapsed_steps"] is not None:
-            self.set_wrapper_attr("_elapsed_steps", state["elapsed_steps"])
-        if "physics" in state:
-            mujoco.mj_setState(env.model, env.data, state["physics"], mujoco.mjtState.mjSTATE_INTEGRATION)
-        for key, value in state.items():
-            if key.startswith("env."):
-                setattr(env, key.removeprefix("env."), value[()] if isinstance(value, np.ndarray) else value)
-            elif key.startswith("data."):
-                getattr(env.data, key.removeprefix("data."))[...] = value
-
-
-class SyncEnvs(gym.vector.SyncVectorEnv):
-    """gymnasium's SyncVectorEnv with the step cut down to same-step autoreset, at a fraction of its overhead."""
-
-    def step(self, actions):
-        infos = {}
-        for i, env in enumerate(self.envs):
-            obs, self._rewards[i], self._terminations[i], self._truncations[i], _ = env.step(actions[i])
-            if self._terminations[i] or self._truncations[i]:
-                infos.setdefault("final_obs", {})[i] = obs
-                obs, _ = env.reset()
-            self._observations[i] = obs
-        return self._observations, self._rewards, self._terminations, self._truncations, infos
-
-
-class AsyncEnvs(gym.vector.AsyncVectorEnv):
-    """gymnasium's AsyncVectorEnv, which waits for ever if a process fails or ends while another is at work."""
-
-    def step_wait(self, timeout=None):
-        waiting, results = dict(zip(self.parent_pipes, range(self.num_envs))), [None] * self.num_envs
-        try:
-            while waiting:
-                for pipe in multiprocessing.connection.wait(list(waiting)):
-                    result, success = pipe.recv()
-                    if not success:
-                        raise RuntimeError(f"an environment failed: {self.error_queue.get(timeout=5)[3].strip()}")
-                    results[waiting.pop(pipe)] = result
-        except BaseException as error:
-            for process in self.processes:
-                process.kill()
-            self.closed = True
-            if isinstance(error, EOFError):
-                raise RuntimeError("the process of an environment ended") from None
-            raise
-        self._state = gym.vector.async_vector_env.AsyncState.DEFAULT
-        _, rewards, terminations, truncations, infos = zip(*results)
-        final_obs = {i: info["final_obs"] for i, info in enumerate(infos) if info}
-        return self.observations, np.array(rewards), np.array(terminations), np.array(truncations), {"final_obs": final_obs}
-
-
-def show_warning(text):
-    """MuJoCo's warnings on the screen, not in a file; that the tasks' own models are of an older style helps nobody."""
-    if "settotalmass" not in text:
-        print(f"MuJoCo: {text}", file=sys.stderr)
-
-
-def make_env(env_id, video_folder=None, name_prefix="train"):
-    """One environment with flat observations, filmed if there is a `video_folder`. Exits with a line on a wrong task."""
-    mujoco.set_mju_user_warning(show_warning)
-    if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
-        sys.exit(f"{SCRIPT}: {env_id} is an Atari game: use bpo_atari.py, for PPO with --loss ppo")
-    if video_folder:
-        import torch._dynamo  # noqa: F401  Adam needs it, and Triton in it crashes if a renderer's LLVM was loaded before
-
-        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
-            os.environ["MUJOCO_GL"] = "egl"  # renders without a screen
-    try:
-        env = gym.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if video_folder else {}))
-    except gym.error.UnregisteredEnv as error:
-        matches = difflib.get_close_matches(env_id, gym.registry, cutoff=0.5)
-        sys.exit(f"{SCRIPT}: no task {env_id!r}. " + (f"Close: {', '.join(matches)}" if matches else str(error)))
-    except Exception as error:  # whatever a task's own code raises
-        sys.exit(f"{SCRIPT}: {env_id} can't be made: {one_line(error)}")
-    space = env.observation_space
-    if not isinstance(env.action_space, gym.spaces.Box) or not np.issubdtype(env.action_space.dtype, np.floating):
-        sys.exit(f"{SCRIPT}: {env_id}'s actions are {env.action_space}: this script is for continuous actions, a Box of reals")
-    if isinstance(space, gym.spaces.Box) and (len(space.shape) > 2 or (len(space.shape) == 2 and space.dtype == np.uint8)):
-        sys.exit(f"{SCRIPT}: {env_id} observes images {space.shape}, this script takes vectors")
-    if not space.is_np_flattenable:
-        sys.exit(f"{SCRIPT}: {env_id} has observations that can't be made a vector: {space}")
-    if video_folder:
-        length = 0 if env.spec.max_episode_steps else 1000  # steps, kept in memory; 0: whole episodes
-        env = gym.wrappers.RecordVideo(env, str(video_folder), video_length=length, name_prefix=name_prefix)
-    return Task(gym.wrappers.FlattenObservation(env))
-
-
-def try_env(args):
-    """Exits with a line, before there is a run folder, on a task that can't be played, or be filmed with --capture-video."""
-    with tempfile.TemporaryDirectory() as folder:
-        env = make_env(args.env_id, folder if args.capture_video else None)
-        numbers = 2 * env.observation_space.shape[0] + math.prod(env.action_space.shape) + 4  # of a step
-        needed = 8 * numbers * args.num_envs * args.num_steps + 64 * args.hidden_size**2
-        needed += args.num_envs * 2**20  # a simulator takes about a megabyte
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-        if needed > memory:
-            sys.exit(f"{SCRIPT}: --num-envs {args.num_envs} × --num-steps {args.num_steps}, --hidden-size {args.hidden_size} "
-                     f"take {needed / 1e9:.0f} GB of memory, this machine has {memory / 1e9:.0f}")  # fmt: skip
-        if args.rescale_actions and not env.action_space.is_bounded():
-            sys.exit(f"{SCRIPT}: --rescale-actions: the actions of {args.env_id} have no bounds: {env.action_space}")
-        try:
-            env.reset(seed=args.seed)
-            env.close()  # which writes what was filmed
-        except Exception as error:  # each renderer fails in its own way
-            verb, hint = ("filmed", "; MUJOCO_GL=egl renders without a screen") if args.capture_video else ("played", "")
-            sys.exit(f"{SCRIPT}: {args.env_id} can't be {verb}: {one_line(error)}{hint}")
-
-
-def make_envs(args, run_dir):
-    """`num_envs` environments that reset themselves in the step that ends an episode, so no transition crosses a reset."""
-    folders = [run_dir / "videos" if args.capture_video and i == 0 else None for i in range(args.num_envs)]
-    env_fns = [partial(make_env, args.env_id, folder, f"train-{int(time.time())}") for folder in folders]
-    vectorise = AsyncEnvs if args.async_envs else SyncEnvs
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit it: Ctrl-C is the main one's to handle
-    envs = vectorise(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    signal.signal(signal.SIGINT, handler)
-    return envs
-
-
-# Networks -------------------------------------------------------------------------------------------------------------
-
-
-class RunningMeanStd(nn.Module):
-    """Mean and variance of all batches seen so far (Chan et al., 1979); saved with the weights, but not trained."""
-
-    def __init__(self, *shape):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("scale", torch.ones(shape, dtype=torch.float64))  # one over the standard deviation
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-
-    def update(self, batch):
-        """Takes in a batch (B, *shape)."""
-        batch = batch.double()
-        total, delta = self.count + len(batch), batch.mean(0) - self.mean
-        squares = self.var * self.count + batch.var(0, correction=0) * len(batch)
-        self.var.copy_((squares + delta**2 * self.count * len(batch) / total) / total)
-        self.mean.add_(delta * len(batch) / total)
-        constant = self.var <= (1e-12 * self.mean).square()  # but for rounding; its scale stays 1
-        self.scale.copy_(torch.where(constant, 1.0, self.var.rsqrt()))
-        self.count.copy_(total)
-
-
-def layer_init(layer, gain=2**0.5):
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def hidden_layers(inputs, args, gain=2**0.5):
-    activation = {"tanh": nn.Tanh, "relu": nn.ReLU}[args.activation]
-    first, second = nn.Linear(inputs, args.hidden_size), nn.Linear(args.hidden_size, args.hidden_size)
-    return nn.Sequential(layer_init(first, gain), activation(), layer_init(second, gain), activation())
-
-
-class Agent(nn.Module):
-    """Gaussian actor, mean critic V, and the running statistics of observations and returns."""
-
-    def __init__(self, obs_dim, action_dim, args):
-        super().__init__()
-        output = layer_init(nn.Linear(args.hidden_size, action_dim), args.actor_gain)
-        self.actor_mean = hidden_layers(obs_dim, args).append(output)
-        self.actor_logstd = nn.Parameter(torch.full((action_dim,), args.log_std_init))
-        self.critic = hidden_layers(obs_dim, args)
-        self.value_head = layer_init(nn.Linear(args.hidden_size, 1), 1.0)
-        self.obs_rms, self.return_rms = RunningMeanStd(obs_dim), RunningMeanStd()
-        self.norm_obs, self.activation, self.mean_entropy = args.norm_obs, args.activation, args.mean_entropy
-        self.rescale_actions = args.rescale_actions
-        self.action_bounds = np.full(action_dim, -np.inf), np.full(action_dim, np.inf)  # in the task's shape
-
-    def normalize(self, obs):
-        """Raw observations (..., D) → float32 inputs (..., D), in standard deviations clipped to ±10 with --norm-obs."""
-        if self.norm_obs:
-            obs = ((obs - self.obs_rms.mean) * self.obs_rms.scale).clamp(-10, 10)
-        return obs.float()
-
-    def numpy_policy(self):
-        """Raw observations (N, D) → mean actions (N, A), arrays both: the actor in numpy, on the memory of the torch weights.
-
-        While stepping a few environments, torch's overhead would cost more than all the arithmetic.
-        """
-        activation = {"tanh": np.tanh, "relu": partial(np.maximum, 0)}[self.activation]
-        layers = [layer for layer in self.actor_mean if isinstance(layer, nn.Linear)]
-        *hidden, output = [(layer.weight.detach().numpy().T, layer.bias.detach().numpy()) for layer in layers]
-        mean, scale = self.obs_rms.mean.numpy(), self.obs_rms.scale.numpy()
-
-        def policy(obs):
-            x = (((obs - mean) * scale).clip(-10, 10) if self.norm_obs else obs).astype(np.float32)
-            for weight, bias in hidden:
-                x = activation(x @ weight + bias)
-            return x @ output[0] + output[1]
-
-        return policy
-
-    def bound(self, actions):
-        """The policy's actions (..., A) → those the task takes (..., *its shape): within its bounds, arrays both."""
-        low, high = self.action_bounds
-        actions = actions.reshape(actions.shape[:-1] + low.shape)
-        return low + (actions.clip(-1, 1) + 1) / 2 * (high - low) if self.rescale_actions else actions.clip(low, high)
-
-    def act(self, obs):
-        """The mean action for raw, flat observations (D,), or the actions for (N, D), as the task takes them: an array."""
-        return self.bound(self.numpy_policy()(np.asarray(obs)))
-
-    def log_prob(self, obs, actions):
-        """log π(a|s): normalised observations (..., D), actions (..., A) → (...)"""
-        z = (actions - self.actor_mean(obs)) * torch.exp(-self.actor_logstd)
-        return -0.5 * (z * z).sum(-1) - self.actor_logstd.sum() - 0.5 * math.log(2 * math.pi) * z.shape[-1]
-
-    def entropy(self):
-        """Entropy of the policy, the same in every state, with --mean-entropy per action dimension: a scalar."""
-        entropy = (self.actor_logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
-        return entropy / len(self.actor_logstd) if self.mean_entropy else entropy
-
-    def get_value(self, obs):
-        """V(s): normalised observations (..., D) → (...)"""
-        return self.value_head(self.critic(obs))[..., 0]
-
-
-def flatten_parameters(module):
-    """Moves all weights into one vector, all gradients into another: to clip and to step is then one operation each."""
-    parameters = list(module.parameters())
-    vector = nn.Parameter(torch.cat([p.detach().as_strided((p.numel(),), (1,)) for p in parameters]))  # as they lie in memory
-    vector.grad = torch.zeros_like(vector)
-    sizes = [p.numel() for p in parameters]
-    for p, data, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes)):
-        p.data, p.grad = data.as_strided(p.size(), p.stride()), grad.as_strided(p.size(), p.stride())
-    return vector
-
-
-# Loss -----------------------------------------------------------------------------------------------------------------
-
-
-def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
-    """Generalised advantage estimates (Schulman et al., 2016), all arguments and the result (T, N).
-
-    `next_values` are V of the observations the actions led to, before any reset. A termination ends the bootstrap; every
-    end of an episode, by time limit too, ends the trace.
-
-        δ_t = r_t + γ·(1 − terminated_t)·V(s_{t+1}) − V(s_t),   A_t = δ_t + γλ·(1 − done_t)·A_{t+1}
-    """
-    next_values = torch.where(terminations > 0, 0.0, next_values)  # what follows a termination may be anything, NaN too
-    advantages = rewards + gamma * next_values - values  # δ_t, the first term of the sum A_t
-    decays = gamma * gae_lambda * (1 - dones)
-    span = 1
-    while span < len(advantages):  # each round doubles the terms summed, far fewer operations than a loop over the steps
-        advantages = advantages + decays * nn.functional.pad(advantages[span:], (0, 0, 0, span))
-        decays = decays * nn.functional.pad(decays[span:], (0, 0, 0, span))
-        span *= 2
-    return advantages
-
-
-@torch.no_grad()
-def estimate_returns(agent, rollout, args):
-    """V(s), GAE(λ) advantages and returns R̂ = A + V of a rollout's steps, with the critic as it is: a dict of (T·N,).
-
-    `rollout` holds obs and next_obs (T, N, D) as the critic takes them, and `gae`'s rewards, terminations and dones (T, N).
-    """
-    values, next_values = agent.get_value(rollout["obs"]), agent.get_value(rollout["next_obs"])
-    ends = rollout["terminations"], rollout["dones"]
-    advantages = gae(rollout["rewards"], values, next_values, *ends, args.gamma, args.gae_lambda)
-    return {"values": values.flatten(), "advantages": advantages.flatten(), "returns": (advantages + values).flatten()}
-
-
-def ppo_loss(ratio, advantages, clip_coef):
-    """Clipped surrogate −E[min(ρA, clip(ρ, 1−ε, 1+ε)A)] (Schulman et al., 2017): (B,), (B,) → a scalar."""
-    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)  # clip(ρ, 1−ε, 1+ε)
-    return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # −E[min(ρA, clip(ρ)A)]
-
-
-def clipped_value_loss(values, old_values, returns, clip_coef):
-    """½E[max((V−R̂)², (V₀ + clip(V−V₀, −ε, ε) − R̂)²)], as CleanRL and the authors of PPO: (B,), (B,), (B,) → a scalar."""
-    clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-    return 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square()).mean()
-
-
-def loss_coefficients(args):
-    """Weights of the terms that `minibatch_losses` returns, in its order."""
-    return {"policy_loss": 1.0, "value_loss": args.vf_coef, "entropy": -args.ent_coef}
-
-
-def minibatch_losses(agent, batch, args):
-    """Policy and value loss and the entropy on a minibatch of `update`'s batch: three scalars."""
-    ratio = torch.exp(agent.log_prob(batch["obs"], batch["actions"]) - batch["logprobs"])
-    values, advantages = agent.get_value(batch["obs"]), batch["advantages"]
-    if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    policy_loss = ppo_loss(ratio, advantages, args.clip_coef)
-    value_clip = args.clip_coef if args.clip_vloss else math.inf
-    value_loss = clipped_value_loss(values, batch["values"], batch["returns"], value_clip)
-    return policy_loss, value_loss, agent.entropy()
-
-
-@torch.no_grad()
-def ratio_metrics(agent, batch, args):
-    """What an update did to the ratios of its rollout: estimates of KL(π₀‖π), share outside the band."""
-    logratio = agent.log_prob(batch["obs"], batch["actions"]) - batch["logprobs"]
-    ratio = logratio.exp()
-    return {
-        "old_approx_kl": -logratio.mean(),
-        "approx_kl": (ratio - 1 - logratio).mean(),
-        "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
-    }
-
-
-def backpropagate(agent, gradient, coefs, batch, args):
-    """Writes the gradient of coefs·losses on a minibatch, clipped, into the vector `gradient`; returns the losses (K,)."""
-    losses = torch.stack(minibatch_losses(agent, batch, args))
-    gradients = torch.autograd.grad(coefs @ losses, list(agent.parameters()))
-    torch.cat([g.flatten() for g in gradients], out=gradient)
-    gradient.mul_((args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0))
-    return losses.detach()
-
-
-def update(agent, optimizer, batch, args, reevaluate=None, gradient_function=backpropagate):
-    """Fits policy and critics to one rollout; returns the metrics, scalars.
-
-    `batch` holds obs (B, …), actions (B, …), logprobs, values, advantages and returns (B,); before each epoch but the first
-    `reevaluate()`, if there is one, gives the last three anew. `gradient_function` is `backpropagate`, or what compiled it.
-    FloatingPointError names the first term that is not finite.
-    """
-    weights = optimizer.param_groups[0]["params"][0]  # all in one vector, see flatten_parameters
-    gradient = weights.grad
-    names, coefs = zip(*loss_coefficients(args).items())
-    coefs, history = torch.tensor(coefs, device=gradient.device), []
-    explained_variance = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
-    for epoch in range(args.update_epochs):
-        if epoch and reevaluate:
-            batch = batch | reevaluate()
-        shuffle = torch.randperm(len(batch["obs"]))
-        shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
-        for minibatch in zip(*shuffled):
-            history.append(gradient_function(agent, gradient, coefs, dict(zip(batch, minibatch)), args))
-            optimizer.step()
-    history = torch.stack(history)
-    for _, term in (~history.isfinite()).nonzero()[:1].tolist():
-        raise FloatingPointError(f"{names[term]} is not finite")
-    metrics = dict(zip(names, history.mean(0))) | ratio_metrics(agent, batch, args)
-    if not (metrics["approx_kl"].isfinite() and weights.isfinite().all()):
-        raise FloatingPointError("the ratio, or a weight, is not finite")
-    return metrics | {"explained_variance": explained_variance}
-
-
-# Run folder -----------------------------------------------------------------------------------------------------------
-
-
-def new_run_dir(args):
-    """Makes runs/<env>__<exp_name>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
-    stamp = int(time.time())
-    Path("runs").mkdir(exist_ok=True)
-    while True:
-        run_dir = Path("runs") / re.sub("[/:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__{stamp}")
-        with contextlib.suppress(FileExistsError):
-            run_dir.mkdir()
-            return run_dir
-        stamp += 1
-
-
-def write_config(run_dir, args):
-    """Writes config.json: the arguments, and the versions and the commit that they ran with."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", *PACKAGES)}
-    config = asdict(args) | {"versions": {"python": platform.python_version()} | versions, "commit": commit}
-    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
-
-
-def start_wandb(args, run_dir):
-    """Weights & Biases as in CleanRL: what TensorBoard gets, the code, the configuration; videos follow at the end."""
-    import wandb
-
-    name, script = run_dir.resolve().name, Path(__file__).resolve()
-    try:
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=name, id=name,
-                   resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
-        wandb.save(str(script), base_path=str(script.parent), policy="now")
-    except wandb.errors.Error as error:
-        sys.exit(f"{SCRIPT}: --track: {one_line(error)}")
-
-
-def finish(args, run_dir, writer, title):
-    """Draws the learning curve, names the videos, and hands them to wandb."""
-    with contextlib.suppress(OSError):
-        writer.close()
-    plot_learning_curve(run_dir, title)
-    print(f"learning curve: {run_dir / 'learning_curve.png'}")
-    videos = sorted(run_dir.glob("videos/*.mp4"))
-    for video in videos:
-        print(f"video: {video}")
-    if args.track:
-        import wandb
-
-        wandb.log({f"videos/{video.stem}": wandb.Video(str(video)) for video in videos})
-        wandb.finish()
-
-
-def one_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def convert(tree, types, function):
-    """Applies `function` to the leaves of these types in nested dicts, lists and tuples."""
-    if isinstance(tree, dict):
-        return {key: convert(value, types, function) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(convert(value, types, function) for value in tree)
-    return function(tree) if isinstance(tree, types) else tree
-
-
-def save_checkpoint(run_dir, checkpoint, name="checkpoint.pt"):
-    """Replaces a run's checkpoint, made of tensors and plain data, in one step: at any instant a whole one is there."""
-    buffer, temporary = io.BytesIO(), run_dir / "checkpoint.tmp"
-    torch.save(convert(checkpoint, np.ndarray | np.generic, lambda array: torch.from_numpy(np.array(array))), buffer)
-    try:
-        with open(run_dir / "episodes.csv", "r+b") as file:
-            os.fsync(file.fileno())  # the checkpoint tells how much of it to keep
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, run_dir / name)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def load_checkpoint(run_dir):
-    """The checkpoint of a run folder of this script, or that file itself; exits with a line if there is none."""
-    path = Path(run_dir) if Path(run_dir).is_file() else Path(run_dir) / "checkpoint.pt"
-    if not path.is_file():
-        sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.pt")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] == SCRIPT:
-            return checkpoint | {"args": Args(**checkpoint["args"])}
-    except Exception as error:  # damage shows in many ways
-        sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
-    sys.exit(f"{SCRIPT}: {run_dir} is a run of {checkpoint['script']}.py")
-
-
-def load_agent(run_dir):
-    """The agent of a run folder, or of a checkpoint in it such as best.pt: `load_agent(run_dir).act(obs)`."""
-    checkpoint = load_checkpoint(run_dir)
-    weights = checkpoint["agent"]
-    agent = Agent(len(weights["obs_rms.mean"]), len(weights["actor_logstd"]), checkpoint["args"])
-    agent.load_state_dict(weights)
-    agent.action_bounds = tuple(bound.numpy() for bound in checkpoint["action_bounds"])
-    return agent
-
-
-def append_episodes(path, size, rows):
-    """Appends to the first `size` bytes of episodes.csv, cutting what an interrupted run left there; returns the new size."""
-    text = "".join(f"{step},{float(score)},{length},{seconds:.1f}\n" for step, score, length, seconds in rows)
-    with open(path, "r+b") as file:
-        file.truncate(size)
-        file.seek(size)
-        file.write(text.encode())
-    return size + len(text)
-
-
-def plot_learning_curve(run_dir, title, unit="episode"):
-    """Draws learning_curve.png: the return in each row of episodes.csv, which is a `unit`'s, and the mean of the last 20."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
-    rows = [row for row in rows if row.count(",") == 3]  # a full disk may have cut one
-    steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
-    means = [returns[max(0, i - 20) : i].mean() for i in range(1, len(returns) + 1)]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(steps, returns, ".", alpha=0.25, label=unit)
-    axes.plot(steps, means, color="tab:blue", label=f"mean of the last 20 {unit}s")
-    axes.set(xlabel="environment steps", ylabel="return (undiscounted)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(run_dir / "learning_curve.png", dpi=120)
-    plt.close(figure)
-
-
-def play(env, agent, args):
-    """Yields the returns of `eval_episodes` episodes played with the policy's mean actions."""
-    for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=args.seed + 1_050_000 + episode)  # no training seeds
-        policy, score = agent.numpy_policy(), 0.0
-        for _ in range(env.spec.max_episode_steps or 100_000):  # a good policy might never end an episode
-            obs, reward, terminated, truncated, _ = env.step(agent.bound(policy(obs)))
-            score += float(reward)
-            if terminated or truncated:
-                break
-        yield score
-
-
-def evaluate(agent, args, run_dir):
-    """Plays episodes with the policy's mean actions, filmed with --capture-video; prints and returns their returns."""
-    env = make_env(args.env_id, run_dir / "videos" if args.capture_video else None, "eval")
-    returns = []
-    for score in play(env, agent, args):
-        returns.append(score)
-        print(f"evaluation, episode {len(returns)} of {args.eval_episodes}: return {score:.1f}", flush=True)
-    env.close()
-    print(f"evaluation: {np.mean(returns):.1f} ± {np.std(returns):.1f} (mean ± std of {len(returns)} episodes, mean actions)")
-    return returns
-
-
-# Training -------------------------------------------------------------------------------------------------------------
-
-
-def check_args(args):
-    """Exits with a line on arguments that can't be."""
-    for name, value in asdict(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be a finite number")
-    counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "hidden_size", "num_threads", "checkpoint_every")
-    for name in (*counts, "eval_episodes"):
-        if getattr(args, name) < 1:
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
-    if args.num_threads > 1024:
-        sys.exit(f"{SCRIPT}: --num-threads must be at most 1024")
-    if args.eval_every < 0:
-        sys.exit(f"{SCRIPT}: --eval-every must not be negative")
-    if not 0 <= args.seed <= 10**9:
-        sys.exit(f"{SCRIPT}: --seed must lie between 0 and 1,000,000,000")
-    for name in ("learning_rate", "max_grad_norm"):
-        if not getattr(args, name) > 0:
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be positive")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(args, name) <= 1:
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must lie between 0 and 1")
-    batch_size = args.num_envs * args.num_steps
-    if 2 * args.num_minibatches > batch_size:
-        sys.exit(f"{SCRIPT}: a batch of {batch_size} steps (--num-envs × --num-steps) can't be cut into "
-                 f"{args.num_minibatches} minibatches of at least 2: lower --num-minibatches")  # fmt: skip
-    if args.total_timesteps < batch_size:
-        sys.exit(f"{SCRIPT}: --total-timesteps {args.total_timesteps} is less than one batch of {batch_size} steps "
-                 "(--num-envs × --num-steps)")  # fmt: skip
-    check_loss_args(args)
-
-
-def warn_of_range(agent, args):
-    """Says so where the first policy, N(0, σ²), is far too narrow or too wide for the task's actions, or beside them."""
-    low, high = (bound.astype(float) for bound in agent.action_bounds)
-    sigma = math.exp(args.log_std_init)
-    covered, width = np.minimum(high, sigma) - np.maximum(low, -sigma), high - low  # within ±σ, and in all
-    narrow, wide = np.isfinite(width) & (covered < 0.1 * width), (width > 0) & (2 * sigma > 10 * width)
-    if not args.rescale_actions and (narrow | wide).any():
-        share = "less than a tenth of" if narrow.any() else "more than ten times"
-        print(f"the first policy, N(0, {sigma:.2g}²), covers {share} the range of the actions of {args.env_id}: see "
-              "--rescale-actions and --log-std-init")  # fmt: skip
-
-
-def train(args, total_timesteps=None):
-    """Trains, evaluates and draws the learning curve; returns the run folder.
-
-    With `args.resume` the run goes on under its own configuration, to its end or to `total_timesteps`.
-    """
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    if checkpoint:
-        run_dir, args = Path(args.resume), checkpoint["args"]
-        if total_timesteps is not None:
-            args = replace(args, total_timesteps=total_timesteps)
-        done = int(checkpoint["state"]["iteration"]) * args.num_envs * args.num_steps
-        if done > args.total_timesteps:
-            sys.exit(f"{SCRIPT}: {run_dir} is at step {done} already, beyond --total-timesteps {args.total_timesteps}")
-    check_args(args)
-    try_env(args)
-    if not checkpoint:
-        run_dir = new_run_dir(args)
-        (run_dir / "episodes.csv").write_text("step,return,length,wall_time\n")
-    write_config(run_dir, args)
-    print(f"run folder: {run_dir}", flush=True)
-    if args.track:
-        start_wandb(args, run_dir)
-
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.num_threads)
-    threadpool_limits(args.num_threads)  # numpy's
-    stopped_by, envs = [], make_envs(args, run_dir)
-
-    def stop(signum, frame):
-        stopped_by.append(signum)  # the iteration ends and is saved
-        signal.signal(signum, signal.SIG_DFL)  # unless the signal comes again
-
-    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    next_obs, _ = envs.reset(seed=[args.seed + 100_000 * i for i in range(args.num_envs)])
-    obs_dim, action_dim = next_obs.shape[1], math.prod(envs.single_action_space.shape)
-    agent = Agent(obs_dim, action_dim, args)
-    agent.action_bounds = envs.single_action_space.low, envs.single_action_space.high
-    warn_of_range(agent, args)
-    optimizer = torch.optim.Adam([flatten_parameters(agent)], lr=args.learning_rate, eps=1e-5, fused=True)
-    gradient_function = backpropagate
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # one graph, gradients included
-        gradient_function = torch.compile(backpropagate, dynamic=False, fullgraph=True)
-    batch_size = args.num_envs * args.num_steps
-    num_iterations = args.total_timesteps // batch_size
-
-    iteration, start_time, csv_size, best = 0, time.time(), (run_dir / "episodes.csv").stat().st_size, -math.inf
-    episode_return, episode_length, discounted = np.zeros(args.num_envs), np.zeros(args.num_envs, int), np.zeros(args.num_envs)
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["torch_rng"])
-        state = convert(checkpoint["state"], torch.Tensor, torch.Tensor.numpy)
-        iteration, start_time, csv_size = state["iteration"], time.time() - state["seconds"], state["csv_size"]
-        best = state["best"]
-        if total_timesteps is not None and args.anneal_lr:
-            rate = args.learning_rate * (1 - iteration / num_iterations)
-            print(f"the learning rate now falls to 0 at step {args.total_timesteps:,}; here it is {rate:.3g}")
-        if all(state["simulators"]):
-            envs.set_attr("simulator_state", state["simulators"])
-            next_obs, episode_return, episode_length, discounted = state["episodes"]
-        else:
-            next_obs, _ = envs.reset(seed=args.seed + iteration)
-            print(f"the simulator of {args.env_id} can't be saved: new episodes begin")
-
-    def policy_state():
-        state = {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict()}
-        return state | {"action_bounds": agent.action_bounds}
-
-    def save():
-        state = {"iteration": iteration, "seconds": time.time() - start_time, "csv_size": csv_size, "best": best,
-                 "simulators": envs.get_attr("simulator_state"),
-                 "episodes": (next_obs, episode_return, episode_length, discounted)}  # fmt: skip
-        save_checkpoint(run_dir, policy_state() | {"state": state, "optimizer": optimizer.state_dict(),
-                                                   "torch_rng": torch.get_rng_state()})  # fmt: skip
-
-    if not checkpoint:
-        save()
-    policy = agent.numpy_policy()
-    shape = (args.num_steps, args.num_envs)
-    obs = np.zeros((*shape, obs_dim), np.result_type(next_obs, np.float32))
-    final_obs = np.zeros_like(obs)  # what each action led to, before any reset
-    actions = np.zeros((*shape, action_dim), np.float32)
-    rewards, discounted_returns = np.zeros(shape), np.zeros(shape)
-    terminations, truncations = np.zeros(shape, bool), np.zeros(shape, bool)
-    writer = SummaryWriter(run_dir, purge_step=iteration * batch_size + 1)
-    writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
-    eval_env = make_env(args.env_id) if args.eval_every else None
-    unsaved, recent_returns, last = [], deque(maxlen=20), iteration == num_iterations
-    progress = tqdm(total=num_iterations * batch_size, initial=iteration * batch_size, unit=" steps", disable=None)
-    next_line = time.time() + 60
-
-    while not last:
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
-
-        # Rollout. Only the actor runs here; values and log-probabilities of the whole rollout are one pass afterwards.
-        noise, rows = (torch.randn(*shape, action_dim) * agent.actor_logstd.detach().exp()).numpy(), []
-        for step in range(args.num_steps):
-            obs[step] = next_obs
-            actions[step] = action = policy(next_obs) + noise[step]
-            next_obs, rewards[step], terminations[step], truncations[step], infos = envs.step(agent.bound(action))
-            final_obs[step] = next_obs
-            discounted_returns[step] = discounted = args.gamma * discounted + rewards[step]
-            episode_return += rewards[step]
-            episode_length += 1
-            for i in np.flatnonzero(terminations[step] | truncations[step]):
-                final_obs[step, i] = infos["final_obs"][i]
-                global_step = iteration * batch_size + (step + 1) * args.num_envs
-                rows.append((global_step, episode_return[i], episode_length[i], time.time() - start_time))
-                episode_return[i] = episode_length[i] = discounted[i] = 0
-        iteration += 1
-        global_step = iteration * batch_size
-
-        # Advantages and returns. The statistics of the observations stand still while a rollout is collected and learned
-        # from, so that π₀ is one policy; only the first rollout sets them beforehand, if its policy ignored its input.
-        first = iteration == 1 and args.actor_gain == 0
-        if first:
-            agent.obs_rms.update(torch.from_numpy(obs).flatten(0, 1))
-        agent.return_rms.update(torch.from_numpy(discounted_returns).flatten())
-        scaled_rewards = torch.from_numpy(rewards)
-        if args.norm_reward:
-            scaled_rewards = (scaled_rewards * agent.return_rms.scale).clamp(-10, 10)
-        rollout = {"obs": agent.normalize(torch.from_numpy(obs)), "next_obs": agent.normalize(torch.from_numpy(final_obs))}
-        rollout |= {"rewards": scaled_rewards.float(), "terminations": torch.from_numpy(terminations).float()}
-        rollout["dones"] = torch.from_numpy(terminations | truncations).float()
-        batch = {"obs": rollout["obs"], "actions": torch.from_numpy(actions)}
-        with torch.no_grad():
-            batch["logprobs"] = agent.log_prob(batch["obs"], batch["actions"])
-        estimate = partial(estimate_returns, agent, rollout, args)
-        batch = {key: tensor.flatten(0, 1) for key, tensor in batch.items()} | estimate()
-
-        try:
-            metrics = update(agent, optimizer, batch, args, estimate if args.reevaluate else None, gradient_function)
-            if not first:
-                agent.obs_rms.update(torch.from_numpy(obs).flatten(0, 1))
-            if not agent.obs_rms.var.isfinite().all():
-                raise FloatingPointError("an observation is not finite")
-        except torch._dynamo.exc.TorchDynamoException as error:
-            envs.close()
-            reason = " ".join(str(error).split("\n\n")[0].split())
-            sys.exit(f"{SCRIPT}: --compile failed, train without it: {reason}. {run_dir} keeps the last checkpoint")
-        except FloatingPointError as error:
-            envs.close()
-            sys.exit(f"{SCRIPT}: stopped at step {global_step}: {error}. {run_dir} keeps the last good checkpoint")
-
-        steps_per_second = global_step / (time.time() - start_time)
-        evaluated = args.eval_every > 0 and iteration % args.eval_every == 0
-        score = float(np.mean(list(play(eval_env, agent, args)))) if evaluated else -math.inf
-
-        # Log and save. A full disk costs records, never the training.
-        last = iteration == num_iterations or bool(stopped_by)
-        recent_returns.extend(score for _, score, _, _ in rows)
-        unsaved += rows
-        try:
-            for step, episodic_return, length, _ in rows:
-                writer.add_scalar("charts/episodic_return", episodic_return, step)
-                writer.add_scalar("charts/episodic_length", length, step)
-            for name, value in metrics.items():
-                writer.add_scalar(f"losses/{name}", value, global_step)
-            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-            writer.add_scalar("charts/SPS", int(steps_per_second), global_step)
-            if evaluated:
-                writer.add_scalar("eval/mean_return", score, global_step)
-            writer.flush()
-        except OSError:  # its thread has ended with it
-            with contextlib.suppress(OSError):
-                writer = SummaryWriter(run_dir)
-        try:
-            csv_size = append_episodes(run_dir / "episodes.csv", csv_size, unsaved)
-            unsaved.clear()
-            if score > best:
-                save_checkpoint(run_dir, policy_state() | {"step": global_step, "return": score}, "best.pt")
-                best = score
-            if last or iteration % args.checkpoint_every == 0:
-                save()
-        except OSError as error:
-            tqdm.write(f"{SCRIPT}: not saved at step {global_step}: {error}", file=sys.stderr)
-        recent = f"{np.mean(recent_returns):.1f}" if recent_returns else "-"
-        progress.set_postfix({"return": recent}, refresh=False)
-        progress.update(batch_size)
-        if progress.disable and time.time() > next_line:
-            next_line = time.time() + 60
-            left = progress.format_interval((num_iterations * batch_size - global_step) / steps_per_second)
-            print(f"step {global_step:,}: return {recent}, {steps_per_second:.0f} steps/s, {left} left", flush=True)
-
-    progress.close()
-    envs.close()
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-    title = f"{args.env_id}, {SCRIPT}, seed {args.seed}"
-    if stopped_by:
-        finish(args, run_dir, writer, title)
-        print(f"stopped at step {iteration * batch_size}; to go on: python {SCRIPT}.py --resume {run_dir}")
-        sys.exit(128 + stopped_by[0])
-    scores = evaluate(agent, args, run_dir)
-    with contextlib.suppress(OSError):
-        for episode, score in enumerate(scores):
-            writer.add_scalar("eval/episodic_return", score, episode)
-    finish(args, run_dir, writer, title)
-    return run_dir
+# What stands here for the flags of CleanRL that are missing.
+CLEANRL = {
+    "cuda": "networks of this size are fastest on a CPU, and run there",
+    "hf_entity": "nothing is uploaded",
+    "save_model": "each run saves its model; load_agent(run folder) loads it",
+    "target_kl": "all --update-epochs are run; losses/approx_kl has the KL",
+    "torch_deterministic": "the same seed gives the same weights on a CPU, always",
+    "upload_model": "nothing is uploaded",
+}
 
 
 def command_line():
@@ -972,6 +866,7 @@ def command_line():
 
 
 def main():
+    gym.logger.min_level = gym.logger.ERROR  # the paper's tasks are v4, which gymnasium calls out of date at every start
     args, given = command_line()
     if args.preset == "paper":
         task = args.env_id.split("-v")[0]
@@ -987,23 +882,26 @@ def main():
         sys.exit(f"{SCRIPT}: --evaluate goes by the run's own configuration, and takes --eval-episodes and --capture-video")
     try:
         if args.evaluate:
-            path = Path(args.evaluate)
-            played = dict(eval_episodes=args.eval_episodes, capture_video=args.capture_video)
-            settings = replace(load_checkpoint(path)["args"], **played)
-            check_args(settings)
-            try_env(settings)
+            path, agent = Path(args.evaluate), load_agent(args.evaluate)
+            args = replace(agent.args, eval_episodes=args.eval_episodes, capture_video=args.capture_video)
+            check_args(args)
+            try_env(args)
             run_dir = path.parent if path.is_file() else path
-            evaluate(load_agent(path), settings, run_dir)
+            evaluate(agent, args, run_dir)
             for video in sorted(run_dir.glob("videos/eval-*.mp4")) if args.capture_video else ():
                 print(f"video: {video}")
-        else:
-            train(args, **({"total_timesteps": args.total_timesteps} if args.resume and "total_timesteps" in given else {}))
-    except gym.error.Error as error:  # such as a renderer that is not installed
-        sys.exit(f"{SCRIPT}: {type(error).__name__}: {error}")
+            return
+        run_dir, args, checkpoint = begin(args, args.total_timesteps if "total_timesteps" in given else None)
+        try:
+            train(args, (run_dir, args, checkpoint))
+        except KeyboardInterrupt:
+            finish(args, run_dir)
+            print(f"stopped; to go on from the last checkpoint: python {SCRIPT}.py --resume {run_dir}")
+            sys.exit(130)
     except MemoryError:
         sys.exit(f"{SCRIPT}: out of memory: lower --num-steps, --num-envs or --hidden-size")
-    except OSError as error:
-        sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
+    except (OSError, RuntimeError, gym.error.Error) as error:  # such as a full disk, or an environment that failed
+        sys.exit(f"{SCRIPT}: {one_line(error)} (runs are written to {Path('runs').absolute()})")
 
 
 if __name__ == "__main__":

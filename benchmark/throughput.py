@@ -48,7 +48,7 @@ def start_clock(**options):
 def stop_clock(*_):
     clock.append(time.perf_counter())
     return []
-script.tqdm, script.evaluate, script.plot_learning_curve = start_clock, stop_clock, lambda *_: None
+script.tqdm, script.evaluate, script.finish = start_clock, stop_clock, lambda *_: None
 with contextlib.redirect_stdout(io.StringIO()):
     script.train(script.Args(**{flags!r}))
 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -59,19 +59,21 @@ import json, statistics, sys, time
 sys.path.insert(0, {root!r})
 import torch, bpo_continuous, ppo_baseline
 torch.set_num_threads(1)
-batch = {{"obs": torch.randn(2048, 17), "actions": torch.randn(2048, 6), "logprobs": torch.full((2048,), -9.0)}}
-batch |= {{name: torch.randn(2048) for name in ("values", "advantages", "returns")}}
-def timer(script):
+rollout = [torch.randn(2048, 17), torch.randn(2048, 6), torch.full((2048,), -9.0)]
+def timer(script, *more):
+    batch = [*rollout, *more]
     args = script.Args(hidden_size={hidden_size}, num_minibatches=32, update_epochs=10)
     agent = script.Agent(17, 6, args)
-    optimizer = torch.optim.Adam([script.flatten_parameters(agent)], lr=1e-5, eps=1e-5, fused=True)
+    weights = torch.nn.Parameter(script.parameters_to_vector(agent.parameters()).detach())
+    script.vector_to_parameters(weights.data, agent.parameters())
+    optimizer = torch.optim.Adam([weights], lr=1e-5, eps=1e-5, fused=True)
     def seconds():
         start = time.perf_counter()
         script.update(agent, optimizer, batch, args)
         return time.perf_counter() - start
     seconds()
     return seconds
-bpo, ppo = timer(bpo_continuous), timer(ppo_baseline)
+bpo, ppo = timer(bpo_continuous, torch.randn(2048)), timer(ppo_baseline, *torch.randn(3, 2048))
 ratios = sorted(bpo() / ppo() for _ in range({rounds}))
 print(json.dumps([statistics.median(ratios), ratios[0], ratios[-1]]))
 """

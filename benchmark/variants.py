@@ -2,7 +2,8 @@
 
     python benchmark/variants.py one_sided,anneal_epsilon --env-id Hopper-v4 --seed 1
 
-The first argument names variants, separated by commas; all others are bpo_continuous.py's.
+The first argument names variants, separated by commas; all others are bpo_continuous.py's. Where the first of the names is
+`ppo`, the others change ppo_baseline.py instead: `ppo,reevaluate`.
 """
 
 import sys
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import bpo_continuous as bpo
+import ppo_baseline
 
 VARIANTS = {}
 
@@ -54,25 +56,30 @@ def relative_temperature():
 @variant
 def epsilon_per_dimension():
     """ε is --epsilon times the root of the number of action dimensions: the same KL for each, as a band allows about ε²/2."""
-    update = bpo.update
+    total_loss = bpo.total_loss
 
-    def scaled_update(agent, optimizer, batch, args, *rest):
-        epsilon = args.epsilon * len(agent.actor_logstd) ** 0.5
-        return update(agent, optimizer, batch, replace(args, epsilon=epsilon), *rest)
+    def scaled_loss(agent, args, *minibatch):
+        return total_loss(agent, replace(args, epsilon=args.epsilon * len(agent.actor_logstd) ** 0.5), *minibatch)
 
-    bpo.update = scaled_update
+    bpo.total_loss = scaled_loss
 
 
 @variant
 def anneal_epsilon():
     """ε falls linearly to 0, as the learning rate does."""
-    update = bpo.update
+    update, total_loss, remaining = bpo.update, bpo.total_loss, 1.0
 
-    def annealed_update(agent, optimizer, batch, args, *rest):
+    def annealed_update(agent, optimizer, batch, args, *step):
+        nonlocal remaining
+        if args.compile:
+            sys.exit("variants.py: anneal_epsilon does not go with --compile, which keeps the first ε")
         remaining = optimizer.param_groups[0]["lr"] / args.learning_rate
-        return update(agent, optimizer, batch, replace(args, epsilon=args.epsilon * remaining), *rest)
+        return update(agent, optimizer, batch, args, *step)
 
-    bpo.update = annealed_update
+    def annealed_loss(agent, args, *minibatch):
+        return total_loss(agent, replace(args, epsilon=args.epsilon * remaining), *minibatch)
+
+    bpo.update, bpo.total_loss = annealed_update, annealed_loss
 
 
 @variant
@@ -88,27 +95,26 @@ def centred_minibatch():
 
 def fix_advantages(centre):
     """Lets A and Ã stand still during an update: what `centre` makes of the rollout's, both (B,)."""
-    update, minibatch_losses = bpo.update, bpo.minibatch_losses
+    update, total_loss = bpo.update, bpo.total_loss
 
-    def fixed_update(agent, optimizer, batch, args, reevaluate=None, *rest):
-        def with_median(batch):
-            with torch.no_grad():
-                median_advantages = batch["returns"] - agent.get_values(rollout["obs"])[args.use_median]
-            advantages, median_advantages = centre(batch["advantages"], median_advantages)
-            return batch | {"advantages": advantages, "median_advantages": median_advantages}
+    def fixed_update(agent, optimizer, batch, args, *step):
+        obs, returns = batch[0], batch[3]
+        with torch.no_grad():
+            values, median_values = agent.get_values(obs)
+        fixed = centre(returns - values, returns - (median_values if args.use_median else values))
+        return update(agent, optimizer, [*batch, *fixed], args, *step)
 
-        rollout = batch
-        return update(agent, optimizer, with_median(batch), args, reevaluate and (lambda: with_median(reevaluate())), *rest)
-
-    def fixed_losses(agent, batch, args):
-        ratio = torch.exp(agent.log_prob(batch["obs"], batch["actions"]) - batch["logprobs"])
-        advantages, median_advantages = batch["advantages"], batch["median_advantages"]
+    def fixed_loss(agent, args, obs, actions, logprobs, returns, advantages, median_advantages):
         if args.norm_adv:
             advantages = advantages / (advantages.std() + 1e-8)
-        policy_loss = bpo.bpo_loss(ratio, advantages, median_advantages, args.epsilon, args.temperature)
-        return policy_loss, *minibatch_losses(agent, batch, args)[1:]
+        bpo_loss = bpo.bpo_loss
+        bpo.bpo_loss = lambda ratio, _, __, *band: bpo_loss(ratio, advantages, median_advantages, *band)
+        try:
+            return total_loss(agent, args, obs, actions, logprobs, returns)
+        finally:
+            bpo.bpo_loss = bpo_loss
 
-    bpo.update, bpo.minibatch_losses = fixed_update, fixed_losses
+    bpo.update, bpo.total_loss = fixed_update, fixed_loss
 
 
 @variant
@@ -131,12 +137,60 @@ def ppo_advantages():
     fix_advantages(lambda advantages, _: (advantages - advantages.mean(), advantages - advantages.mean()))
 
 
-if __name__ == "__main__":
+@variant
+def mean_entropy():
+    """The entropy is the mean over the action dimensions, not their sum."""
+    entropy = bpo.Agent.entropy
+    bpo.Agent.entropy = lambda agent: entropy(agent) / len(agent.actor_logstd)
+
+
+@variant
+def reevaluate():
+    """Before each epoch but the first, advantages and returns are made anew from the critic as it is then."""
+    update, gae, name = bpo.update, bpo.gae, "get_value" if bpo is ppo_baseline else "get_values"
+    get_values, states, rest = getattr(bpo.Agent, name), [], []
+
+    def seen_values(agent, obs):
+        if obs.dim() == 3:  # those of a rollout (T, N, D): the states before its actions, then those after
+            states.append(obs)
+            del states[:-2]
+        return get_values(agent, obs)
+
+    def seen_gae(rewards, values, next_values, *others):
+        rest[:] = rewards, others
+        return gae(rewards, values, next_values, *others)
+
+    def reevaluated_update(agent, optimizer, batch, args, *step):
+        history = []
+        for epoch in range(args.update_epochs):
+            if epoch:
+                with torch.no_grad():
+                    found = [get_values(agent, obs) for obs in states]
+                values, next_values = found if bpo is ppo_baseline else (pair[0] for pair in found)
+                advantages = gae(rest[0], values, next_values, *rest[1])
+                new = (values, advantages, advantages + values) if bpo is ppo_baseline else (advantages + values,)
+                batch = [*batch[:3], *(tensor.flatten() for tensor in new)]
+            history.append(update(agent, optimizer, batch, replace(args, update_epochs=1), *step))
+        return torch.stack(history).mean(0)
+
+    setattr(bpo.Agent, name, seen_values)
+    bpo.gae, bpo.update = seen_gae, reevaluated_update
+
+
+def main():
+    global bpo
     names = sys.argv.pop(1).split(",") if len(sys.argv) > 1 else []
+    given = ",".join(names)
+    if names[:1] == ["ppo"]:
+        bpo, names = ppo_baseline, names[1:]
     if not names or any(name not in VARIANTS for name in names):
         sys.exit(f"variants.py: the first argument names variants, separated by commas: {', '.join(VARIANTS)}")
-    for name in names:
+    for name in sorted(names, key=lambda name: name == "reevaluate"):  # it calls the other variants' update anew
         VARIANTS[name]()
-    bpo.SCRIPT = "variants-" + "-".join(names)  # so that bpo_continuous.py does not go on with it
-    print(f"to go on with an interrupted run: python benchmark/variants.py {','.join(names)} --resume runs/<run>", flush=True)
+    bpo.SCRIPT = "variants-" + given.replace(",", "-")  # so that bpo_continuous.py does not go on with it
+    print(f"to go on with an interrupted run: python benchmark/variants.py {given} --resume runs/<run>", flush=True)
     bpo.main()
+
+
+if __name__ == "__main__":
+    main()

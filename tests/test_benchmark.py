@@ -294,72 +294,94 @@ def test_a_wrong_matrix_is_answered_with_its_file_and_key(old, new, named, tmp_p
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmark").glob("*.toml")), ids=lambda path: path.stem)
-def test_every_arm_of_a_matrix_has_flags_its_script_knows(path):
+def test_every_arm_of_a_matrix_has_flags_its_script_knows(path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    variants = importlib.import_module("variants")
     scripts = {"bpo_continuous.py": bpo_continuous, "ppo_baseline.py": ppo_baseline, "benchmark/variants.py": bpo_continuous}
     for arm in tomllib.loads(path.read_text())["arms"].values():
         script, *flags = shlex.split(arm)
         assert (ROOT / script).is_file()
         if script in scripts:
-            tyro.cli(scripts[script].Args, args=flags[script == "benchmark/variants.py" :])
+            if script == "benchmark/variants.py":
+                names = flags.pop(0).split(",")
+                script = "ppo_baseline.py" if names[0] == "ppo" else script
+                assert set(names) <= {"ppo", *variants.VARIANTS}
+            tyro.cli(scripts[script].Args, args=flags)
 
 
-def test_all_variants_train_compiled_and_together(tmp_path):
-    variants = "one_sided,dead_zone,relative_temperature,anneal_epsilon,epsilon_per_dimension,rollout_advantages"
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "names",
+    [
+        "one_sided,dead_zone,relative_temperature,epsilon_per_dimension,mean_entropy,reevaluate,rollout_advantages",
+        "ppo,reevaluate",
+    ],
+)
+def test_variants_train_compiled_and_together(names, tmp_path):
     flags = ["--env-id", "Pendulum-v1", "--total-timesteps", "512", "--num-steps", "256", "--num-minibatches", "4"]
-    flags += ["--update-epochs", "2", "--reevaluate", "--compile", "--eval-episodes", "1"]
-    trained = run(tmp_path, str(ROOT / "benchmark/variants.py"), variants, *flags)
-    assert trained.returncode == 0 and "learning curve" in trained.stdout, trained.stderr
+    flags += ["--update-epochs", "2", "--compile", "--eval-episodes", "1"]
+    trained = run(tmp_path, str(ROOT / "benchmark/variants.py"), names, *flags)
+    assert trained.returncode == 0 and "learning curve" in trained.stdout and "fails" not in trained.stdout, trained.stderr
     assert run(tmp_path, str(ROOT / "benchmark/variants.py"), "nonsense").returncode == 1
     (run_dir,) = (tmp_path / "runs").iterdir()
     resumed = run(tmp_path, str(ROOT / "bpo_continuous.py"), "--resume", str(run_dir))
-    assert resumed.returncode == 1 and "is a run of variants-one_sided" in resumed.stderr
+    assert resumed.returncode == 1 and f"is a run of variants-{names.replace(',', '-')}" in resumed.stderr
 
 
 @pytest.fixture
 def variants(monkeypatch):
-    """The variants' functions; bpo_continuous.py is itself again afterwards."""
+    """The variants' functions; the scripts are themselves again afterwards."""
     monkeypatch.syspath_prepend(ROOT / "benchmark")
-    for name in ("update", "minibatch_losses", "bpo_loss", "target_ratio"):
-        monkeypatch.setattr(bpo_continuous, name, getattr(bpo_continuous, name))
-    return importlib.import_module("variants").VARIANTS
+    for script in (bpo_continuous, ppo_baseline):
+        for name in ("update", "total_loss", "bpo_loss", "target_ratio", "gae"):
+            if hasattr(script, name):
+                monkeypatch.setattr(script, name, getattr(script, name))
+        for name in ("entropy", "get_value", "get_values"):
+            if hasattr(script.Agent, name):
+                monkeypatch.setattr(script.Agent, name, getattr(script.Agent, name))
+    module = importlib.import_module("variants")
+    monkeypatch.setattr(module, "bpo", bpo_continuous)
+    return module.VARIANTS
 
 
 def seen_in_an_update(action_dim, **changes):
-    """What the first minibatch of an update, which is the whole rollout, saw: ratio (B,), policy loss, batch and arguments."""
+    """What the first minibatch of an update, which is the whole rollout, saw: the arguments of bpo_loss, its value and A."""
     torch.manual_seed(0)
     args = bpo_continuous.Args(num_minibatches=1, update_epochs=1, temperature=1e-6, **changes)
-    agent, seen = bpo_continuous.Agent(3, action_dim, args), []
-    optimizer = torch.optim.Adam([bpo_continuous.flatten_parameters(agent)])
-    batch = {"obs": torch.randn(64, 3), "actions": torch.randn(64, action_dim), "values": torch.randn(64)}
-    batch |= {"logprobs": agent.log_prob(batch["obs"], batch["actions"]).detach() + 0.3 * torch.randn(64)}
-    batch |= {"advantages": 1 + torch.randn(64)}
-    batch["returns"] = batch["values"] + batch["advantages"]
+    agent, seen, bpo_loss = bpo_continuous.Agent(3, action_dim, args), [], bpo_continuous.bpo_loss
+    obs, actions = torch.randn(64, 3), torch.randn(64, action_dim)
+    with torch.no_grad():
+        logprobs = agent.log_prob(obs, actions) + 0.3 * torch.randn(64)
+        advantages = 1 + torch.randn(64)
+        returns = agent.get_values(obs)[0] + advantages
 
-    def look(agent, gradient, coefs, batch, args):
-        ratio = (agent.log_prob(batch["obs"], batch["actions"]) - batch["logprobs"]).exp()
-        losses = torch.stack(bpo_continuous.minibatch_losses(agent, batch, args)).detach()
-        seen.append((ratio.detach(), losses[0], batch, args))
-        return losses
+    def look(*inputs):
+        seen.append((*inputs, bpo_loss(*inputs).detach()))
+        return seen[-1][-1]
 
-    bpo_continuous.update(agent, optimizer, batch, args, None, look)
-    return seen[0]
+    bpo_continuous.bpo_loss = look
+    step = lambda agent, _, args, *minibatch: bpo_continuous.total_loss(agent, args, *minibatch)[1]  # noqa: E731
+    bpo_continuous.update(agent, None, [obs, actions, logprobs, returns], args, step)
+    bpo_continuous.bpo_loss = bpo_loss
+    return *(tensor.detach() if torch.is_tensor(tensor) else tensor for tensor in seen[0]), advantages
 
 
 def test_one_sided_with_ppo_s_advantages_is_ppo(variants):
     variants["one_sided"]()
     variants["ppo_advantages"]()
-    ratio, loss, batch, args = seen_in_an_update(2)
-    advantages = batch["advantages"] / batch["advantages"].std()
-    assert abs(advantages.mean()) < 1e-6 and (advantages * (ratio - 1) > args.epsilon * advantages.abs()).any()
-    constant = (advantages * (1 + args.epsilon * advantages.sign())).mean()  # E[Aρ*]
-    torch.testing.assert_close(loss, ppo_baseline.ppo_loss(ratio, advantages, args.epsilon) + constant)
+    ratio, advantages, _, epsilon, _, loss, rollout = seen_in_an_update(2)
+    rollout = (rollout - rollout.mean()) / rollout.std()
+    torch.testing.assert_close(advantages.sort().values, rollout.sort().values, rtol=1e-4, atol=1e-5)
+    assert (advantages * (ratio - 1) > epsilon * advantages.abs()).any()
+    constant = (advantages * (1 + epsilon * advantages.sign())).mean()  # E[Aρ*]
+    torch.testing.assert_close(loss, ppo_baseline.ppo_loss(ratio, advantages, epsilon) + constant)
 
 
 def test_centred_advantages_have_targets_of_mean_one(variants):
     variants["centred_advantages"]()
-    _, _, batch, _ = seen_in_an_update(2)
-    assert abs(batch["advantages"].mean()) < 1e-6
-    assert abs(batch["median_advantages"].sign().mean()) <= 2 / 64  # the median is one of the 64
+    _, advantages, median_advantages, *_ = seen_in_an_update(2)
+    assert abs(advantages.mean()) < 1e-6
+    assert abs(median_advantages.sign().mean()) <= 2 / 64  # the median is one of the 64
 
 
 def test_advantages_centred_over_the_minibatch_have_targets_of_mean_one(variants):
@@ -371,6 +393,75 @@ def test_advantages_centred_over_the_minibatch_have_targets_of_mean_one(variants
     assert abs(advantages.mean()) < 1e-6
     ratios = bpo_continuous.target_ratio(median_advantages, epsilon, temperature)
     assert abs(ratios.mean() - 1) <= 2 * epsilon / 64  # the median is one of the 64
+
+
+def test_the_mean_entropy_is_that_of_one_dimension(variants):
+    entropy = bpo_continuous.Agent(3, 6, bpo_continuous.Args()).entropy()
+    variants["mean_entropy"]()
+    torch.testing.assert_close(bpo_continuous.Agent(3, 6, bpo_continuous.Args()).entropy(), entropy / 6)
+
+
+@pytest.mark.parametrize("script", [bpo_continuous, ppo_baseline])
+def test_estimates_are_made_anew_before_each_epoch_but_the_first(script, variants, monkeypatch):
+    monkeypatch.setattr(sys.modules["variants"], "bpo", script)
+    seen, total_loss, states, rollouts = [], script.total_loss, [], []
+
+    def spy(agent, args, *minibatch):
+        seen.append(minibatch)
+        return total_loss(agent, args, *minibatch)
+
+    script.total_loss = spy
+    variants["reevaluate"]()
+    torch.manual_seed(0)
+    args = script.Args(num_minibatches=2, update_epochs=3)
+    agent, value = script.Agent(4, 2, args), script.Agent.get_value if script is ppo_baseline else script.Agent.get_values
+    states, ends = torch.randn(2, 8, 4, 4), torch.zeros(2, 8, 4)
+
+    def returns():
+        values, next_values = (found if script is ppo_baseline else found[0] for found in (value(agent, obs) for obs in states))
+        advantages = script.gae(rollouts[0], values, next_values, *ends, args.gamma, args.gae_lambda)
+        return [values.flatten(), advantages.flatten(), (advantages + values).flatten()]
+
+    rollouts.append(torch.randn(8, 4))
+    weights = torch.nn.Parameter(script.parameters_to_vector(agent.parameters()).detach())
+    script.vector_to_parameters(weights.data, agent.parameters())
+    optimizer, expected = torch.optim.Adam([weights], lr=1e-2, eps=1e-5, fused=True), []
+
+    def step(agent, optimizer, args, *minibatch):
+        if len(seen) % 2 == 0:
+            with torch.no_grad():
+                expected.append(returns())
+        return script.step(agent, optimizer, args, *minibatch)
+
+    with torch.no_grad():
+        first = returns()
+    batch = [
+        states[0].flatten(0, 1),
+        torch.randn(32, 2),
+        torch.full((32,), -3.0),
+        *(first if script is ppo_baseline else first[2:]),
+    ]
+    script.update(agent, optimizer, batch, args, step)
+    assert len(seen) == 6 and len(expected) == 3
+    for epoch, tensors in enumerate(expected):
+        for i, tensor in enumerate(tensors if script is ppo_baseline else tensors[2:]):
+            trained_on = torch.cat([minibatch[3 + i] for minibatch in seen[2 * epoch : 2 * epoch + 2]])
+            assert torch.equal(trained_on.sort().values, tensor.sort().values)
+    assert not torch.equal(expected[0][2], expected[1][2])
+
+
+def test_epsilon_anneals_with_the_learning_rate_and_not_compiled(variants):
+    seen, bpo_loss = [], bpo_continuous.bpo_loss
+    bpo_continuous.bpo_loss = lambda *inputs: seen.append(inputs[3]) or bpo_loss(*inputs)
+    variants["anneal_epsilon"]()
+    args = bpo_continuous.Args(num_minibatches=1, update_epochs=1)
+    agent, batch = bpo_continuous.Agent(3, 2, args), [torch.randn(8, 3), torch.randn(8, 2), torch.randn(8), torch.randn(8)]
+    optimizer = torch.optim.Adam([torch.zeros(1)], lr=args.learning_rate / 4)
+    step = lambda agent, _, args, *minibatch: bpo_continuous.total_loss(agent, args, *minibatch)[1]  # noqa: E731
+    bpo_continuous.update(agent, optimizer, batch, args, step)
+    assert seen == pytest.approx([args.epsilon / 4])
+    with pytest.raises(SystemExit, match="does not go with --compile"):
+        bpo_continuous.update(agent, optimizer, batch, bpo_continuous.Args(compile=True), step)
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 3])
@@ -399,7 +490,7 @@ def test_how_often_an_interval_holds_the_mean_is_what_the_results_page_says(seed
 @pytest.mark.parametrize("action_dim", [1, 6])
 def test_the_band_grows_with_the_root_of_the_dimensions(variants, action_dim):
     variants["epsilon_per_dimension"]()
-    assert seen_in_an_update(action_dim, epsilon=0.1225)[3].epsilon == pytest.approx({1: 0.1225, 6: 0.3}[action_dim], abs=1e-3)
+    assert seen_in_an_update(action_dim, epsilon=0.1225)[3] == pytest.approx({1: 0.1225, 6: 0.3}[action_dim], abs=1e-3)
 
 
 def test_throughput_measures_training_alone_and_says_what_is_missing(tmp_path):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -78,13 +79,13 @@ def test_no_transition_crosses_a_reset_and_only_termination_ends_the_bootstrap(a
         seen.update(values=values, next_values=next_values, terminations=terminations, dones=dones)
         return gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda)
 
-    def value(self, obs):  # a value that names the observation: 100·episode + step
-        return obs[..., 0] * 100 + obs[..., 1]
+    def values(self, obs):  # a value that names the observation: 100·episode + step
+        return (obs[..., 0] * 100 + obs[..., 1],) * 2
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bpo, "gae", spy_gae)
-    monkeypatch.setattr(bpo.Agent, "get_value", value)
-    monkeypatch.setattr(bpo, "update", lambda *_: {})
+    monkeypatch.setattr(bpo.Agent, "get_values", values)
+    monkeypatch.setattr(bpo, "update", lambda *_: torch.zeros(4))
     flags = {**SMALL, "num_steps": 16, "total_timesteps": 32, "num_envs": 2, "norm_obs": False, "async_envs": async_envs}
     bpo.train(bpo.Args(env_id="Countdown-v0", **flags))
     episode_0 = [0, 1, 2]  # terminates
@@ -137,9 +138,9 @@ def test_a_saved_simulator_goes_on_bit_for_bit(env_id, tmp_path):
 
     play(env, actions[:60])
     play(twin, actions[:10])
-    (tmp_path / "episodes.csv").touch()
-    bpo.save_checkpoint(tmp_path, {"state": env.simulator_state})  # through the file, as on resume
-    twin.simulator_state = bpo.convert(checkpoint(tmp_path)["state"], torch.Tensor, torch.Tensor.numpy)
+    agent, args = bpo.Agent(1, 1, bpo.Args()), bpo.Args()
+    bpo.save_checkpoint(tmp_path / "checkpoint.pt", agent, args, simulators=[env.simulator_state])  # through the file
+    (twin.simulator_state,) = bpo.load_checkpoint(tmp_path)["simulators"]
     np.testing.assert_array_equal(play(env, actions[60:]), play(twin, actions[60:]))
 
 
@@ -147,12 +148,39 @@ def test_a_saved_simulator_goes_on_bit_for_bit(env_id, tmp_path):
 def test_the_numpy_policy_is_the_torch_actor(activation):
     torch.manual_seed(0)
     agent = bpo.Agent(5, 3, bpo.Args(activation=activation))
-    vector, policy = bpo.flatten_parameters(agent), agent.numpy_policy()
+    actor = bpo.in_numpy(agent.actor_mean)
     with torch.no_grad():
-        vector += 0.1 * torch.randn_like(vector)
-    agent.obs_rms.update(3 + 2 * torch.randn(100, 5, dtype=torch.float64))
-    obs = torch.randn(7, 5, dtype=torch.float64) * 20
-    np.testing.assert_allclose(policy(obs.numpy()), agent.actor_mean(agent.normalize(obs)).detach(), rtol=1e-4, atol=1e-5)
+        for parameter in agent.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)  # it follows the weights
+    agent.obs_rms.update(3 + 2 * np.random.default_rng(0).normal(size=(100, 5)))
+    obs = agent.normalize(np.random.default_rng(1).normal(size=(7, 5)) * 20)
+    np.testing.assert_allclose(actor(obs), agent.actor_mean(torch.from_numpy(obs)).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_numpy_policy_follows_whatever_network_a_fork_writes(tmp_path, monkeypatch):
+    """Data collected by another policy than the one that is trained would show as ratios other than 1 at the start."""
+    ratios, hidden_layers, total_loss = [], bpo.hidden_layers, bpo.total_loss
+
+    def with_layer_norm(inputs, args, gain=2**0.5):
+        layers = hidden_layers(inputs, args, gain)
+        layers.insert(1, torch.nn.LayerNorm(args.hidden_size))
+        return layers.append(torch.nn.Softplus())
+
+    def spy(agent, args, obs, actions, logprobs, returns):
+        z = (actions - agent.actor_mean(obs)) / agent.actor_logstd.exp()  # the noise that was drawn
+        ratios.append(z.square().mean().item())
+        return total_loss(agent, args, obs, actions, logprobs, returns)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bpo, "hidden_layers", with_layer_norm)
+    monkeypatch.setattr(bpo, "total_loss", spy)
+    settings = SMALL | {"num_minibatches": 1, "update_epochs": 1, "actor_gain": 30.0}
+    bpo.train(bpo.Args(env_id="Hopper-v4", total_timesteps=1024, learning_rate=1e-9, **settings))
+    assert len(ratios) == 4 and all(0.8 < ratio < 1.2 for ratio in ratios)
+    torch.manual_seed(0)
+    network = with_layer_norm(5, bpo.Args(hidden_size=16)).append(torch.nn.Linear(16, 3))
+    obs = torch.randn(4, 5)
+    np.testing.assert_allclose(bpo.in_numpy(network)(obs.numpy()), network(obs).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_log_prob_and_entropy_are_those_of_a_normal_distribution():
@@ -162,112 +190,91 @@ def test_log_prob_and_entropy_are_those_of_a_normal_distribution():
     normal = torch.distributions.Normal(agent.actor_mean(obs), agent.actor_logstd.exp())
     torch.testing.assert_close(agent.log_prob(obs, actions), normal.log_prob(actions).sum(-1))
     torch.testing.assert_close(agent.entropy(), normal.entropy()[0].sum())
-    agent = bpo.Agent(5, 3, bpo.Args(log_std_init=-0.7, mean_entropy=True))
-    torch.testing.assert_close(agent.entropy(), normal.entropy()[0].mean())
 
 
 def test_running_statistics_are_those_of_all_batches_together():
     batches = [torch.randn(size, 4, dtype=torch.float64) * size + size for size in (3, 50, 7)]
     statistics = bpo.RunningMeanStd(4)
     for batch in batches:
-        statistics.update(batch)
+        statistics.update(batch.numpy())
     together = torch.cat(batches)
     torch.testing.assert_close(statistics.mean, together.mean(0))
     torch.testing.assert_close(statistics.var, together.var(0, correction=0))
+
+
+def flat_optimizer(script, agent, learning_rate):
+    """As `train` makes it: Adam over one vector that holds the agent's parameters."""
+    weights = torch.nn.Parameter(script.parameters_to_vector(agent.parameters()).detach())
+    script.vector_to_parameters(weights.data, agent.parameters())
+    return torch.optim.Adam([weights], lr=learning_rate, eps=1e-5, fused=True)
+
+
+def random_batch(script, size=32):
+    """A batch of random numbers in the order in which the script's `update` takes them: 4 observations, 2 actions."""
+    torch.manual_seed(0)
+    others = 1 if script is bpo else 3
+    return [torch.randn(size, 4), torch.randn(size, 2), -3 + torch.rand(size), *torch.randn(others, size)]
 
 
 @pytest.mark.parametrize("script", [bpo, ppo])
 def test_one_update_step_is_that_of_adam_on_the_clipped_gradient(script):
     """The flat parameter vector must do what one Adam over the separate layers does."""
     args = script.Args(num_minibatches=1, update_epochs=1, max_grad_norm=0.1)
-    torch.manual_seed(0)
+    batch = random_batch(script)
     flat, plain = (script.Agent(4, 2, args) for _ in range(2))
     plain.load_state_dict(flat.state_dict())
-    batch = {"obs": torch.randn(32, 4), "actions": torch.randn(32, 2), "logprobs": -3 + torch.rand(32)}
-    batch |= {name: torch.randn(32) for name in ("values", "advantages", "returns")}
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, eps=1e-5)
-    losses = torch.stack(script.minibatch_losses(plain, batch, args))
-    (losses @ torch.tensor(list(script.loss_coefficients(args).values()))).backward()
+    loss, _ = script.total_loss(plain, args, *batch)
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(plain.parameters(), args.max_grad_norm)
     optimizer.step()
-    script.update(flat, torch.optim.Adam([script.flatten_parameters(flat)], lr=1e-3, eps=1e-5, fused=True), batch, args)
+    script.update(flat, flat_optimizer(script, flat, 1e-3), batch, args)
     for ours, theirs in zip(flat.parameters(), plain.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [bpo, ppo])
-@torch._dynamo.config.patch(trace_autograd_ops=True)
-def test_the_compiled_gradient_is_the_plain_one(script):
-    args = script.Args(max_grad_norm=0.1)
-    torch.manual_seed(0)
-    agent = script.Agent(4, 2, args)
-    for parameter in agent.parameters():
+def test_the_compiled_step_is_the_plain_one(script):
+    """Over several steps with minibatches of two sizes, at a learning rate that changes."""
+    args = script.Args(max_grad_norm=0.1, num_minibatches=3, update_epochs=3)
+    batch = random_batch(script)
+    agents = [script.Agent(4, 2, args) for _ in range(2)]
+    for parameter in agents[0].parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    vector = script.flatten_parameters(agent)
-    coefs = torch.tensor(list(script.loss_coefficients(args).values()))
-    batch = {"obs": torch.randn(32, 4), "actions": torch.randn(32, 2), "logprobs": -3 + torch.rand(32)}
-    batch |= {name: torch.randn(32) for name in ("values", "advantages", "returns")}
-    compiled = torch.compile(script.backpropagate, dynamic=False, fullgraph=True)
-    for _ in range(2):
-        losses = script.backpropagate(agent, vector.grad, coefs, batch, args)
-        expected = vector.grad.clone()
-        vector.grad.zero_()
-        torch.testing.assert_close(compiled(agent, vector.grad, coefs, batch, args), losses)
-        torch.testing.assert_close(vector.grad, expected, rtol=1e-4, atol=1e-7)
-        with torch.no_grad():
-            vector.add_(expected)  # what was compiled must read the weights as they are now
-
-
-@pytest.mark.parametrize("script", [bpo, ppo])
-def test_estimates_are_made_anew_before_each_epoch_but_the_first(script, monkeypatch):
-    torch.manual_seed(0)
-    args = script.Args(num_minibatches=2, update_epochs=3)
-    agent = script.Agent(4, 2, args)
-    optimizer = torch.optim.Adam([script.flatten_parameters(agent)], lr=1e-2, eps=1e-5, fused=True)
-    rollout = {"obs": torch.randn(8, 4, 4), "next_obs": torch.randn(8, 4, 4), "rewards": torch.randn(8, 4)}
-    rollout |= {"terminations": torch.zeros(8, 4), "dones": torch.zeros(8, 4)}
-    estimates = [script.estimate_returns(agent, rollout, args)]
-    expected = script.gae(*(rollout[key] if key in rollout else agent.get_value(rollout[obs]) for key, obs in
-                            (("rewards", ""), ("V", "obs"), ("V'", "next_obs"), ("terminations", ""), ("dones", ""))),
-                          args.gamma, args.gae_lambda)  # fmt: skip
-    torch.testing.assert_close(estimates[0]["advantages"], expected.flatten())
-    torch.testing.assert_close(estimates[0]["returns"], (expected + agent.get_value(rollout["obs"])).flatten())
-    batch = {"obs": rollout["obs"].flatten(0, 1), "actions": torch.randn(32, 2), "logprobs": torch.full((32,), -3.0)}
-    seen, losses = [], script.minibatch_losses
-
-    def reevaluate():
-        estimates.append(script.estimate_returns(agent, rollout, args))
-        return estimates[-1]
-
-    def spy(agent, minibatch, args):
-        seen.append(minibatch["returns"])
-        return losses(agent, minibatch, args)
-
-    monkeypatch.setattr(script, "minibatch_losses", spy)
-    script.update(agent, optimizer, batch | estimates[0], args, reevaluate)
-    assert len(estimates) == 3 and len(seen) == 6
-    for epoch, estimate in enumerate(estimates):
-        trained_on = torch.cat(seen[2 * epoch : 2 * epoch + 2]).sort().values
-        assert torch.equal(trained_on, estimate["returns"].sort().values)
-    assert not torch.equal(estimates[0]["returns"], estimates[1]["returns"])
+    agents[1].load_state_dict(agents[0].state_dict())
+    optimizers = [flat_optimizer(script, agent, 1e-2) for agent in agents]
+    terms = []
+    for agent, optimizer, step in zip(agents, optimizers, (script.step, script.compiled_step(agents[1], args))):
+        for learning_rate in (1e-2, 1e-3):
+            optimizer.param_groups[0]["lr"] = learning_rate
+            torch.manual_seed(1)
+            terms.append(script.update(agent, optimizer, batch, args, step))
+    torch.testing.assert_close(terms[:2], terms[2:], rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(*(agent.parameters() for agent in agents)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    (plain,), (compiled,) = (optimizer.state.values() for optimizer in optimizers)
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("use_median", [True, False])
 def test_the_separate_median_head_learns_only_if_it_is_used(use_median):
     args = bpo.Args(median_head="separate", use_median=use_median, num_minibatches=2, update_epochs=1)
-    torch.manual_seed(0)
+    batch = random_batch(bpo)
     agent = bpo.Agent(4, 2, args)
-    optimizer = torch.optim.Adam([bpo.flatten_parameters(agent)], lr=1e-3, fused=True)
-    batch = {"obs": torch.randn(32, 4), "actions": torch.randn(32, 2), "logprobs": -3 + torch.rand(32)}
-    batch |= {name: torch.randn(32) for name in ("values", "advantages", "returns")}
     before = agent.median_head[0].weight.clone(), agent.value_head.weight[1].clone()
-    bpo.update(agent, optimizer, batch, args)
+    bpo.update(agent, flat_optimizer(bpo, agent, 1e-3), batch, args)
     assert torch.equal(agent.median_head[0].weight, before[0]) != use_median
     assert torch.equal(agent.value_head.weight[1], before[1])  # the shared output is idle
 
 
 @pytest.mark.parametrize(
-    "script, more", [("bpo_continuous.py", []), ("ppo_baseline.py", []), ("bpo_continuous.py", ["--compile"])]
+    ("script", "more"),
+    [
+        ("bpo_continuous.py", []),
+        pytest.param("ppo_baseline.py", [], marks=pytest.mark.slow),
+        pytest.param("bpo_continuous.py", ["--compile"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_resumes_to_the_same_weights_and_episodes(script, more, tmp_path):
     flags = [*FLAGS, *more, "--env-id", "Hopper-v4", "--num-envs", 2, "--total-timesteps", 512 * 20, "--checkpoint-every", 2]
@@ -278,12 +285,12 @@ def test_a_killed_run_resumes_to_the_same_weights_and_episodes(script, more, tmp
     killed = tmp_path / process.stdout.readline().split()[-1]
     iteration = 0
     for pause in (0.0, 0.15):  # instants that fall anywhere in an iteration, after some were learned from
-        while not (killed / "checkpoint.pt").exists() or checkpoint(killed)["state"]["iteration"] <= iteration + 2:
+        while not (killed / "checkpoint.pt").exists() or checkpoint(killed)["iteration"] <= iteration + 2:
             time.sleep(0.01)
         time.sleep(pause)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        iteration = checkpoint(killed)["state"]["iteration"]
+        iteration = checkpoint(killed)["iteration"]
         assert 2 < iteration < 20
         with open(killed / "episodes.csv", "a") as file:
             file.write("999," * 10_000)  # whatever a dying process may leave
@@ -295,19 +302,18 @@ def test_a_killed_run_resumes_to_the_same_weights_and_episodes(script, more, tmp
     assert episodes(finished) == episodes(killed) and len(episodes(killed)) > 20
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_asynchronous_environments_resume_too(signum, tmp_path):
-    flags = [*FLAGS, "--env-id", "Hopper-v4", "--num-envs", 2, "--async-envs", "--total-timesteps", 512 * 16]
+def test_ctrl_c_draws_the_curve_and_asynchronous_environments_resume_too(tmp_path):
+    flags = [*FLAGS, "--env-id", "Hopper-v4", "--num-envs", 2, "--async-envs", "--total-timesteps", 512 * 40]
     flags += ["--checkpoint-every", 1]
     assert run(tmp_path, "bpo_continuous.py", *flags).returncode == 0
     process = subprocess.Popen(command("bpo_continuous.py", *flags), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     stopped = tmp_path / process.stdout.readline().split()[-1]
-    while not (stopped / "checkpoint.pt").exists() or checkpoint(stopped)["state"]["iteration"] < 2:
+    while not (stopped / "checkpoint.pt").exists() or checkpoint(stopped)["iteration"] < 2:
         time.sleep(0.01)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
-    assert process.returncode == 128 + signum and f"--resume runs/{stopped.name}" in output
-    assert 2 <= checkpoint(stopped)["state"]["iteration"] < 16
+    assert process.returncode == 130 and f"--resume runs/{stopped.name}" in output
+    assert (stopped / "learning_curve.png").exists() and 2 <= checkpoint(stopped)["iteration"] < 40
     assert run(tmp_path, "bpo_continuous.py", "--resume", stopped).returncode == 0
     (finished,) = {path for path in (tmp_path / "runs").iterdir()} - {stopped}
     assert_same_weights(finished, stopped)
@@ -316,12 +322,9 @@ def test_a_signal_saves_and_asynchronous_environments_resume_too(signum, tmp_pat
 def test_an_unknown_simulator_resumes_with_new_episodes_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_dir = bpo.train(bpo.Args(env_id="Countdown-v0", total_timesteps=512, **SMALL))
-    state = checkpoint(run_dir)
-    state["args"]["total_timesteps"] = 1024
-    bpo.save_checkpoint(run_dir, state)
-    bpo.train(bpo.Args(resume=str(run_dir)))
+    main(bpo, monkeypatch, "--resume", run_dir, "--total-timesteps", 1024)
     assert "can't be saved: new episodes begin" in capsys.readouterr().out
-    assert checkpoint(run_dir)["state"]["iteration"] == 4
+    assert checkpoint(run_dir)["iteration"] == 4
 
 
 def test_a_simulator_in_a_wrapper_of_its_own_resumes_with_new_episodes():
@@ -334,7 +337,7 @@ def test_a_folder_for_runs_that_leads_nowhere_is_an_error(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").symlink_to(tmp_path / "gone")
     with pytest.raises(FileExistsError):
-        bpo.new_run_dir(bpo.Args())
+        bpo.begin(bpo.Args(env_id="Pendulum-v1"))
 
 
 def test_same_seed_same_weights_and_another_seed_others(tmp_path, monkeypatch):
@@ -403,7 +406,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypa
     with pytest.raises(SystemExit, match=r"stopped at step 512: policy_loss is not finite"):
         bpo.train(args)
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert checkpoint(run_dir)["state"]["iteration"] == 1
+    assert checkpoint(run_dir)["iteration"] == 1
     assert all(tensor.isfinite().all() for tensor in checkpoint(run_dir)["agent"].values())
 
 
@@ -425,7 +428,7 @@ def test_an_observation_that_is_not_finite_reaches_no_checkpoint(iteration, tmp_
     with pytest.raises(SystemExit, match=f"stopped at step {256 * (iteration + 1)}: .* is not finite"):
         bpo.train(args)
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert checkpoint(run_dir)["state"]["iteration"] == iteration
+    assert checkpoint(run_dir)["iteration"] == iteration
     assert all(tensor.isfinite().all() for tensor in checkpoint(run_dir)["agent"].values())
 
 
@@ -441,7 +444,7 @@ def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
             self.param_groups[0]["params"][0].data[-1] = np.nan
 
     monkeypatch.setattr(torch.optim.Adam, "step", poisoned_step)
-    with pytest.raises(SystemExit, match="stopped at step 512: the ratio, or a weight, is not finite"):
+    with pytest.raises(SystemExit, match="stopped at step 512: a weight is not finite"):
         bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=1024, checkpoint_every=1, **SMALL))
 
 
@@ -456,58 +459,58 @@ def test_an_evaluation_ends_where_episodes_do_not(tmp_path, monkeypatch, capsys)
     assert "evaluation: 100000.0" in capsys.readouterr().out
 
 
-def test_a_full_disk_costs_a_checkpoint_but_not_the_training(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_ends_a_run_with_one_line_and_it_resumes_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fsync, calls = os.fsync, []
-
-    def full_disk(descriptor):
-        calls.append(descriptor)
-        if len(calls) in (3, 4):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    run_dir = bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=1280, checkpoint_every=1, **SMALL))
-    assert capsys.readouterr().err.count("No space left on device") == 2
-    assert checkpoint(run_dir)["state"]["iteration"] == 5 and not (run_dir / "checkpoint.tmp").exists()
-
-
-def test_a_record_that_could_not_be_written_is_written_later_and_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    append, calls = bpo.append_episodes, []
+    args = bpo.Args(env_id="Pendulum-v1", total_timesteps=1280, checkpoint_every=1, **SMALL)
+    whole, save, calls = bpo.train(args), torch.save, []
 
     def full_disk(*args):
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return append(*args)
+        return save(*args)
 
-    monkeypatch.setattr(bpo, "append_episodes", full_disk)
-    run_dir = bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=1280, **SMALL))
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    monkeypatch.setattr(torch, "save", full_disk)
+    flags = [*FLAGS, "--env-id", "Pendulum-v1", "--total-timesteps", 1280, "--checkpoint-every", 1]
+    with pytest.raises(SystemExit, match="No space left on device"):
+        main(bpo, monkeypatch, *flags)
+    (stopped,) = set((tmp_path / "runs").iterdir()) - {tmp_path / whole}
+    assert checkpoint(stopped)["iteration"] == 1
+    main(bpo, monkeypatch, "--resume", stopped)
+    assert_same_weights(whole, stopped)
+    assert episodes(whole) == episodes(stopped)
 
-    logged = EventAccumulator(str(run_dir)).Reload().Scalars("charts/episodic_return")
-    assert [str(event.step) for event in logged] == [row[0] for row in episodes(run_dir)[1:]] and len(logged) == 6
 
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_disk_that_was_full_for_a_moment_ends_no_events(tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
+@pytest.mark.parametrize("cut", ["1", "14", "1408,", "1408,-3.5,200,0."])
+def test_a_row_that_was_cut_off_does_not_outlive_a_resume(cut, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write, calls = RecordWriter.write, []
+    run_dir = bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=512, **SMALL))
+    before = episodes(run_dir)
+    with open(run_dir / "episodes.csv", "a") as file:
+        file.write("300000,-3.5,200,0.1\n" + cut)
+    bpo.begin(bpo.Args(resume=str(run_dir)))
+    assert episodes(run_dir) == before
 
-    def full_disk(self, data):
-        calls.append(data)
-        if len(calls) == 20:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(self, data)
 
-    monkeypatch.setattr(RecordWriter, "write", full_disk)
-    run_dir = bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=2560, **SMALL))
-    steps = {event.step for event in EventAccumulator(str(run_dir)).Reload().Scalars("charts/SPS")}
-    assert steps >= {1024 + 256 * i for i in range(7)}  # all but those at the time
+def test_train_works_in_a_thread_and_importing_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = []
+    thread = threading.Thread(
+        target=lambda: folders.append(bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=512, **SMALL)))
+    )
+    thread.start()
+    thread.join()
+    assert checkpoint(folders[0])["iteration"] == 2
+    program = (
+        "import os, signal, sys, gymnasium, matplotlib, torch\n"
+        "look = lambda: (gymnasium.logger.min_level, matplotlib.get_backend(), dict(os.environ), torch.get_num_threads(),"
+        " torch.get_rng_state().sum(), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)])\n"
+        f"before = look(); sys.path.insert(0, {str(ROOT)!r})\n"
+        "import bpo_continuous, ppo_baseline\n"
+        "assert look() == before"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_an_evaluation_that_fails_is_not_passed_over(tmp_path, monkeypatch):
@@ -556,7 +559,7 @@ def test_bytes_that_are_no_image_are_observations_too(tmp_path, monkeypatch):
 
 def test_a_curve_is_drawn_though_a_full_disk_cut_a_row(tmp_path):
     (tmp_path / "episodes.csv").write_text("step,return,length,wall_time\n64,1.0,8,0.1\n128,2.0,8,0.2\n19")
-    bpo.plot_learning_curve(tmp_path, "cut")
+    bpo.finish(bpo.Args(), tmp_path)
     assert (tmp_path / "learning_curve.png").exists()
 
 
@@ -579,15 +582,16 @@ def test_what_can_t_be_filmed_or_tracked_is_one_line(tmp_path):
     assert filmed.returncode == 1 and filmed.stderr.startswith("bpo_continuous: Countdown-v0 can't be made"), filmed.stderr
 
 
-def test_without_a_compiler_compile_says_what_is_missing(tmp_path):
+def test_without_a_compiler_compile_says_so_and_goes_on(tmp_path):
     nowhere = {"PATH": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    failed = run(tmp_path, "bpo_continuous.py", *FLAGS, "--env-id", "Pendulum-v1", "--compile", env=os.environ | nowhere)
-    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("bpo_continuous: ")]
-    assert failed.returncode == 1 and "No working C++ compiler found" in line and "Traceback" not in failed.stderr
+    flags = [*FLAGS, "--env-id", "Pendulum-v1", "--compile", "--total-timesteps", 512, "--num-minibatches", 3]
+    result = run(tmp_path, "bpo_continuous.py", *flags, env=os.environ | nowhere)
+    (line,) = [line for line in result.stdout.splitlines() if "--compile" in line]
+    assert result.returncode == 0 and "No working C++ compiler found" in line and "evaluation:" in result.stdout
 
 
 BAD_INPUT = [
-    (["--env-id", "HalfCheeta-v4"], "HalfCheetah-v4"),
+    (["--env-id", "HalfCheeta-v4"], "HalfCheetah"),
     (["--env-id", "HalfCheetah-v77"], "HalfCheetah-v"),
     (["--env-id", "CartPole-v1"], "continuous actions"),
     (["--env-id", "ALE/Pong-v5"], "bpo_atari.py"),
@@ -635,7 +639,7 @@ def test_foreign_and_damaged_run_folders_are_answered_in_one_line(tmp_path, monk
     with pytest.raises(SystemExit, match="is a run of bpo_continuous"):
         ppo.load_checkpoint(run_dir)
     monkeypatch.setattr(sys, "argv", ["bpo_continuous.py", "--evaluate", str(run_dir), "--eval-episodes", "0"])
-    with pytest.raises(SystemExit, match="--eval-episodes must be at least 1"):
+    with pytest.raises(SystemExit, match="--eval-episodes 0 must be at least 1"):
         bpo.main()
     whole = (run_dir / "checkpoint.pt").read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"not a checkpoint"):
@@ -649,9 +653,8 @@ def test_foreign_and_damaged_run_folders_are_answered_in_one_line(tmp_path, monk
 
 def test_the_paper_preset_is_the_authors_row_and_flags_win_over_it(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(bpo, "train", seen.append)
-    monkeypatch.setattr(sys, "argv", ["bpo.py", "--env-id", "Hopper-v4", "--preset", "paper", "--gamma", "0.5"])
-    bpo.main()
+    only_parse(monkeypatch, seen)
+    main(bpo, monkeypatch, "--env-id", "Hopper-v4", "--preset", "paper", "--gamma", "0.5")
     (args,) = seen
     assert (args.num_envs, args.num_steps, args.num_envs * args.num_steps // args.num_minibatches) == (4, 512, 32)
     assert (args.epsilon, args.temperature, args.learning_rate, args.gamma) == (0.25, 10.0, 9.808e-5, 0.5)
@@ -674,10 +677,16 @@ def test_no_change_of_the_default_reaches_the_authors_rows(task, row):
     batch = args.num_envs * args.num_steps
     assert row == (batch, batch // args.num_minibatches, args.learning_rate, args.update_epochs, args.epsilon, args.temperature,
                    args.gamma, args.gae_lambda, args.max_grad_norm, args.ent_coef)  # fmt: skip
-    assert (args.log_std_init, args.hidden_size, args.activation, args.reevaluate) == (0.0, 256, "relu", False)
+    assert (args.log_std_init, args.hidden_size, args.activation) == (0.0, 256, "relu")
 
 
 # What a run is told, and what it tells -----------------------------------------------------------------------------------
+
+
+def only_parse(monkeypatch, seen):
+    """Makes main() append its arguments to `seen` and train nothing."""
+    monkeypatch.setattr(bpo, "begin", lambda args, *_: (None, args, None))
+    monkeypatch.setattr(bpo, "train", lambda args, _: seen.append(args))
 
 
 def main(script, monkeypatch, *flags):
@@ -687,18 +696,17 @@ def main(script, monkeypatch, *flags):
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e20, 1e100])
 def test_the_unit_of_observations_and_rewards_does_not_matter(scale):
-    torch.manual_seed(0)
-    obs = 3 + torch.randn(200, 4, dtype=torch.float64)
+    obs = 3 + np.random.default_rng(0).normal(size=(200, 4))
     obs[:, 3] = 7.0  # a constant is centred
     agents = [bpo.Agent(4, 2, bpo.Args()) for _ in range(2)]
     for agent, batch in zip(agents, (obs, obs * scale)):
         agent.obs_rms.update(batch[:50])
         agent.obs_rms.update(batch[50:])
-    torch.testing.assert_close(agents[1].normalize(obs * scale)[:, :3], agents[0].normalize(obs)[:, :3])
-    assert agents[1].normalize(obs * scale)[:, 3].abs().max() < 1e-3 * max(scale, 1e3) and agents[0].obs_rms.scale[3] == 1
+    np.testing.assert_allclose(agents[1].normalize(obs * scale)[:, :3], agents[0].normalize(obs)[:, :3], rtol=1e-5, atol=1e-6)
+    assert abs(agents[1].normalize(obs * scale)[:, 3]).max() < 1e-3 * max(scale, 1e3) and agents[0].obs_rms.scale[3] == 1
     if scale < 1e30:  # float32 observations
         narrow = bpo.RunningMeanStd(4)
-        narrow.update((obs * scale).float())
+        narrow.update((obs * scale).astype(np.float32))
         assert 0 < narrow.scale.min() * scale < 10
 
 
@@ -756,7 +764,7 @@ def test_what_memory_can_t_hold_is_one_line(flags, tmp_path, monkeypatch):
 
 def test_a_whole_number_may_be_written_as_a_power_of_ten(monkeypatch):
     seen = []
-    monkeypatch.setattr(bpo, "train", lambda args, *_: seen.append(args))
+    only_parse(monkeypatch, seen)
     main(bpo, monkeypatch, "--total-timesteps", "1E+6", "--num-steps=2e3", "--learning-rate", "1e-3")
     assert (seen[0].total_timesteps, seen[0].num_steps, seen[0].learning_rate) == (1_000_000, 2000, 1e-3)
     with pytest.raises(SystemExit):
@@ -780,7 +788,7 @@ def test_resume_and_evaluate_know_which_flags_were_given(tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match="--eval-episodes and --capture-video"):
             main(bpo, monkeypatch, "--evaluate", run_dir, *flags)
     for steps in (256, 0):
-        with pytest.raises(SystemExit, match="already"):
+        with pytest.raises(SystemExit, match="already|at least one batch"):
             main(bpo, monkeypatch, "--resume", run_dir, "--total-timesteps", steps)
     with pytest.raises(SystemExit, match="takes a run folder"):
         main(bpo, monkeypatch, "--resume", run_dir / "checkpoint.pt")
@@ -793,7 +801,7 @@ def test_a_finished_run_can_be_extended(anneal_lr, tmp_path, monkeypatch, capsys
     settings = SMALL | {"env_id": "Hopper-v4", "anneal_lr": anneal_lr}
     whole, first = (bpo.train(bpo.Args(total_timesteps=steps, **settings)) for steps in (1024, 512))
     main(bpo, monkeypatch, "--resume", first, "--total-timesteps", 1024)
-    assert checkpoint(first)["state"]["iteration"] == 4 and checkpoint(first)["args"]["total_timesteps"] == 1024
+    assert checkpoint(first)["iteration"] == 4 and checkpoint(first)["args"]["total_timesteps"] == 1024
     assert json.loads((first / "config.json").read_text())["total_timesteps"] == 1024
     assert ("falls to 0 at step 1,024; here it is 0.0003" in capsys.readouterr().out) == anneal_lr
     if not anneal_lr:
@@ -827,10 +835,10 @@ def test_the_best_policy_of_the_evaluations_on_the_way_is_kept(tmp_path, monkeyp
     scores = [(event.step, event.value) for event in EventAccumulator(str(run_dir)).Reload().Scalars("eval/mean_return")]
     assert [step for step, _ in scores] == [256 * i for i in range(1, 7)]
     best = torch.load(run_dir / "best.pt", weights_only=True)
-    assert (best["step"], best["return"]) == pytest.approx(max(scores, key=lambda pair: pair[1]))
+    assert (best["step"], best["score"]) == pytest.approx(max(scores, key=lambda pair: pair[1]))
     capsys.readouterr()
     main(bpo, monkeypatch, "--evaluate", run_dir / "best.pt", "--eval-episodes", 3)
-    assert f"evaluation: {best['return']:.1f} ±" in capsys.readouterr().out
+    assert f"evaluation: {best['score']:.1f} ±" in capsys.readouterr().out
     assert bpo.load_agent(run_dir / "best.pt").act(np.zeros(3)).shape == (1,)
 
 
@@ -914,7 +922,7 @@ if __name__ == "__main__":
     bpo_continuous.main()
 """
     result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    words = {"raise": "broken", "retur": "shape", "os._e": "the process of an environment ended"}[failure[:5]]
+    words = {"raise": "broken", "retur": "shape", "os._e": "its process ended"}[failure[:5]]
     assert result.returncode == 1 and words in result.stderr
 
 
@@ -966,17 +974,6 @@ def test_config_and_events_tell_versions_commit_and_flags(tmp_path, monkeypatch)
     assert b"|epsilon|0.3|" in text.tensor_proto.string_val[0]
 
 
-def test_the_curve_is_drawn_after_ctrl_c_too(tmp_path):
-    flags = [*FLAGS, "--env-id", "Pendulum-v1", "--total-timesteps", "1e6"]
-    process = subprocess.Popen(command("bpo_continuous.py", *flags), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    stopped = tmp_path / process.stdout.readline().split()[-1]
-    while len(episodes(stopped)) < 3:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate()
-    assert (stopped / "learning_curve.png").exists() and "--resume" in output
-
-
 def test_a_run_resumed_from_within_its_folder_keeps_its_name_at_wandb(tmp_path):
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     flags = [*FLAGS, "--env-id", "Pendulum-v1", "--total-timesteps", 256, "--track"]
@@ -1002,7 +999,7 @@ def test_the_paper_s_networks_start_as_the_authors_do():
 
 def test_the_preset_has_unrounded_values_and_the_ablation_its_own_temperature(monkeypatch):
     seen = []
-    monkeypatch.setattr(bpo, "train", lambda args, *_: seen.append(args))
+    only_parse(monkeypatch, seen)
     main(bpo, monkeypatch, "--env-id", "Humanoid-v4", "--preset", "paper")
     main(bpo, monkeypatch, "--env-id", "Humanoid-v4", "--preset", "paper", "--no-use-median")
     main(bpo, monkeypatch, "--env-id", "HalfCheetah-v4", "--preset", "paper", "--gamma", bpo.Args().gamma)
@@ -1016,29 +1013,10 @@ def test_a_first_policy_that_looks_at_its_input_keeps_its_ratio_of_one(tmp_path,
     seen, update = [], bpo.update
 
     def spy(agent, optimizer, batch, *rest):
-        seen.append((batch["obs"].clone(), agent.obs_rms.scale.clone()))
+        seen.append((batch[0].clone(), agent.obs_rms.scale.clone()))
         return update(agent, optimizer, batch, *rest)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bpo, "update", spy)
     bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=512, actor_gain=0.01, **SMALL))
     assert (seen[0][1] == 1).all() and not (seen[1][1] == 1).any()
-
-
-def test_a_full_disk_costs_neither_the_line_a_minute_nor_the_best_policy(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    clock, start, calls = time.time, time.time(), []
-    monkeypatch.setattr(bpo.time, "time", lambda: start + 10_000 * (clock() - start))  # a line each iteration
-    add_scalar = bpo.SummaryWriter.add_scalar
-
-    def full_disk(self, *args):
-        calls.append(args)
-        if len(calls) == 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return add_scalar(self, *args)
-
-    monkeypatch.setattr(bpo.SummaryWriter, "add_scalar", full_disk)
-    args = bpo.Args(env_id="Pendulum-v1", total_timesteps=256, eval_every=1, **SMALL)
-    run_dir = bpo.train(args)
-    assert torch.load(run_dir / "best.pt", weights_only=True)["step"] == 256
-    assert capsys.readouterr().out.count("steps/s") == 1
