@@ -16,13 +16,11 @@ Q is the GAE(λ) return of the action taken. Source: Ao et al., Bounded Ratio Re
     python bpo_isaaclab.py --resume runs/<run>                          goes on with a run, in new episodes
     python bpo_isaaclab.py --evaluate runs/<run> --capture-video        plays what was learned, and films it (mjlab)
 
-    agent = load_agent("runs/<run>")                                    the trained policy in Python, without a simulator
-    action = agent.act(obs)                                             its mean action, for observations as the actor gets them
+In Python, load_agent("runs/<run>").act(obs) is the trained policy's mean action; it needs no simulator.
 
-Networks, steps, epochs, learning rate and what else no flag sets are the task's own, from its rsl_rl configuration; where
-this script can't follow it, as with σ, whose logarithm is learned here, a line says so. The actor's last layer starts at zero.
-Observations are normalised as in rsl_rl 5.5, by statistics that move after each update; mjlab's 5.4 moves them at each step.
-BPO has the changes in PAPER below, and new values before each epoch.
+Networks, steps, epochs, learning rate and what else no flag sets are the task's own, from its rsl_rl configuration; a line
+says where this script can't follow it. The actor's last layer starts at zero. Observations are normalised as in rsl_rl 5.5, by
+statistics that move after each update; mjlab's 5.4 moves them at each step. BPO has the changes in PAPER below.
 """
 
 # /// script
@@ -43,21 +41,18 @@ import copy
 import difflib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import math
 import os
 import platform
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections import Counter, deque
+from collections import defaultdict, deque
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -67,13 +62,13 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-CSV_HEADER = "step,return,length,wall_time\n"
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-torch.backends.cuda.matmul.allow_tf32 = True  # as in the training scripts of Isaac Lab and mjlab
 
 
 @dataclass
@@ -122,328 +117,61 @@ class Args:
     evaluate: str | None = None  # run folder, or a checkpoint in it, whose policy is played; nothing is trained
 
 
-# config.json has the versions of those that are installed.
-PACKAGES = ("isaaclab", "newton", "mjlab", "mujoco", "mujoco-warp", "warp-lang", "rsl-rl-lib")
-PACKAGES = tuple(name for name in PACKAGES if any(importlib.metadata.distributions(name=name)))
-
-# What stands here for the flags of CleanRL that are missing.
-CLEANRL = {
-    "anneal_lr": "the learning rate follows the KL, see --desired-kl",
-    "clip_coef": "--epsilon is the half-width of BPO's band, and PPO's clip",
-    "cuda": "--device says where it runs",
-    "env_id": "the task is --task",
-    "hf_entity": "nothing is uploaded",
-    "norm_adv": "PPO's advantages are normalised; with --no-online-adv BPO's weights are too",
-    "save_model": "each run saves its model; load_agent(run folder) loads it",
-    "target_kl": "all --update-epochs are run; the learning rate follows --desired-kl",
-    "torch_deterministic": "the networks go by --seed; a simulator on a GPU may round differently each time",
-    "upload_model": "nothing is uploaded",
-}
+# The equations --------------------------------------------------------------------------------------------------------
 
 
-# What BPO has in place of the tasks' own settings, by a word of the task's name: the authors' changes, and ε 0.3 where they
-# tell none. PPO has the tasks' own.
-PAPER = {
-    "": dict(epsilon=0.3, ent_coef=0.0, vf_coef=1.0, online_adv=True),
-    "AnymalC": dict(epsilon=0.25),
-    "G1": dict(update_epochs=10, epsilon=0.2),
-    "Go1": dict(update_epochs=10, epsilon=0.3, ent_coef=1e-3, online_adv=False),
-    "H1": dict(epsilon=0.2, online_adv=False),
-}
+def target_ratio(median_advantages, epsilon, temperature):
+    """ρ* = 1 + ε·tanh(Ã/(2λ)), the best ratio in the band [1−ε, 1+ε]; any shape."""
+    return 1 + epsilon * torch.tanh(median_advantages / (2 * temperature))
 
 
-# Fields of Args that a task's rsl_rl configuration sets, and their names there, the same in Isaac Lab and mjlab.
-STOCK = dict(
-    num_steps="num_steps_per_env", num_minibatches="algorithm.num_mini_batches", update_epochs="algorithm.num_learning_epochs",
-    learning_rate="algorithm.learning_rate", desired_kl="algorithm.desired_kl", gamma="algorithm.gamma",
-    gae_lambda="algorithm.lam", epsilon="algorithm.clip_param", clip_vloss="algorithm.use_clipped_value_loss",
-    vf_coef="algorithm.value_loss_coef", ent_coef="algorithm.entropy_coef", max_grad_norm="algorithm.max_grad_norm",
-    norm_obs="actor.obs_normalization", actor_hidden_dims="actor.hidden_dims", critic_hidden_dims="critic.hidden_dims",
-    activation="actor.activation", init_std="actor.distribution_cfg.init_std",
-)  # fmt: skip
-# What the script has where a task may have something else: of other kinds it runs no agent, of the rest it prints a line.
-KINDS = {"actor.class_name": "MLPModel", "critic.class_name": "MLPModel"}
-KINDS["actor.distribution_cfg.class_name"] = "GaussianDistribution"
-OURS = KINDS | {"algorithm.class_name": "PPO", "algorithm.optimizer": "adam", "actor.distribution_cfg.learn_std": True,
-                "actor.distribution_cfg.std_type": "log", "actor.distribution_cfg.std_range": (1e-6, 1e6)}  # fmt: skip
+def bpo_loss(ratio, advantages, median_advantages, epsilon, temperature):
+    """E[|A|·|ρ − ρ*|], a scalar. `ratio` (B,) has the gradient; A = R̂ − V(s) and Ã = R̂ − μ(s), (B,), must be detached."""
+    return (advantages.abs() * (ratio - target_ratio(median_advantages, epsilon, temperature)).abs()).mean()
 
 
-def flatten(config, prefix=""):
-    """{"algorithm.gamma": 0.99, …} of an rsl_rl configuration, which is made of objects or dicts."""
-    flat = {}
-    for name, value in (config if isinstance(config, dict) else vars(config)).items():
-        if name in ("algorithm", "actor", "critic", "distribution_cfg") and value is not None:
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = tuple(value) if isinstance(value, list) else value
-    return flat
+def median_loss(returns, median_values, temperature):
+    """E[λ·softplus((Q−u)/λ) − ½(Q−u)], (B,), (B,) → a scalar: convex in u, least where u is the soft median of the returns."""
+    errors = returns - median_values
+    return (F.softplus(errors, beta=1 / temperature) - 0.5 * errors).mean()
 
 
-def stock_settings(rl_cfg, args):
-    """The fields of Args that are None, from a task's rsl_rl configuration; prints what else this has that we don't follow."""
-    task = flatten(rl_cfg)
-    for kind in (task.get(name) for name in KINDS):
-        if kind not in KINDS.values():
-            sys.exit(f"{SCRIPT}: the agent of {args.task} has a {kind}: this script has an MLP and one σ for all states")
-    ours = OURS | {name.replace("actor.", "critic."): value for name, value in task.items() if name.startswith("actor.")}
-    unread = [name for name in task if "." in name and name not in (*STOCK.values(), "algorithm.schedule")]
-    dropped = [f"{name} {task[name]} (here {ours[name]})" for name in unread if name in ours and task[name] != ours[name]]
-    dropped += [f"{name} {task[name]}" for name in unread if name not in ours and task[name] and "rnn" not in name]
-    if dropped and RANK == 0:
-        print(f"{SCRIPT}: {args.task}'s rsl_rl configuration is not followed in {', '.join(dropped)}")
-    stock = {field: task[name] for field, name in STOCK.items()}
-    stock["total_timesteps"] = rl_cfg.max_iterations * rl_cfg.num_steps_per_env * args.num_envs * WORLD_SIZE
-    if task["algorithm.schedule"] != "adaptive" or stock["desired_kl"] is None:
-        stock["desired_kl"] = 0.0
-    if args.loss == "bpo":
-        for word, row in PAPER.items():
-            stock |= row if word in args.task else {}
-    return replace(args, **{name: value for name, value in stock.items() if getattr(args, name) is None})
+def ppo_loss(ratio, advantages, clip_coef):
+    """Clipped surrogate −E[min(ρA, clip(ρ, 1−ε, 1+ε)A)] (Schulman et al., 2017): (B,), (B,) → a scalar."""
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)  # clip(ρ, 1−ε, 1+ε)
+    return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # −E[min(ρA, clip(ρ)A)]
 
 
-def best_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def clipped_value_loss(values, old_values, returns, clip_coef):
+    """½E[max((V−R̂)², (V₀ + clip(V−V₀, −ε, ε) − R̂)²)], as CleanRL and the authors of PPO: (B,), (B,), (B,) → a scalar."""
+    clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+    return 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square()).mean()
 
 
-def check_args(args):
-    """Exits with a line on arguments that can't be."""
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be a finite number")
-    for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "checkpoint_every", "eval_episodes"):
-        if getattr(args, name) < 1:
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
-    if not 0 <= args.seed <= 10**9:
-        sys.exit(f"{SCRIPT}: --seed must lie between 0 and 1,000,000,000")
-    for name in ("learning_rate", "max_grad_norm", "init_std"):
-        if not getattr(args, name) > 0:
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be positive")
-    for name in ("gamma", "gae_lambda"):
-        if not 0 <= getattr(args, name) <= 1:
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must lie between 0 and 1")
-    for name in ("desired_kl", "vf_coef", "median_coef", "eval_every"):
-        if not getattr(args, name) >= 0:
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} can't be negative")
-    if min(args.actor_hidden_dims + args.critic_hidden_dims, default=1) < 1:
-        sys.exit(f"{SCRIPT}: --actor-hidden-dims and --critic-hidden-dims must be at least 1")
-    batch_size = args.num_envs * args.num_steps
-    if 2 * args.num_minibatches > batch_size:
-        sys.exit(f"{SCRIPT}: a batch of {batch_size} steps (--num-envs × --num-steps) can't be cut into "
-                 f"{args.num_minibatches} minibatches of at least 2: lower --num-minibatches")  # fmt: skip
-    if args.total_timesteps < batch_size * WORLD_SIZE:
-        sys.exit(f"{SCRIPT}: --total-timesteps {args.total_timesteps} is less than one batch of {batch_size * WORLD_SIZE} "
-                 "steps (--num-envs × --num-steps × processes)")  # fmt: skip
-    if not 0 < args.epsilon < 1:
-        sys.exit(f"{SCRIPT}: --epsilon {args.epsilon} must lie between 0 and 1: the band [1−ε, 1+ε] holds positive ratios")
-    if not args.temperature > 0 or not args.median_temperature > 0:
-        sys.exit(f"{SCRIPT}: --temperature and --median-temperature must be positive; for hard targets take a small one, 1e-6")
-    if args.activation not in ACTIVATIONS:
-        sys.exit(f"{SCRIPT}: --activation {args.activation} is none of {', '.join(ACTIVATIONS)}")
+def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
+    """A_t = δ_t + γλ·(1 − done_t)·A_{t+1} with δ_t = r_t + γ·V(s_{t+1}) − V(s_t), all (T, N) (Schulman et al., 2016).
+
+    V(s_{t+1}) is that of where the action led, before any reset, and 0 after a termination, whatever `next_values` has there.
+    Every end of an episode, by time limit too, ends the sum.
+    """
+    deltas = rewards + gamma * torch.where(terminations > 0, 0.0, next_values) - values
+    advantages, last = [], torch.zeros_like(deltas[0])
+    for delta, decay in zip(deltas.flip(0), (gamma * gae_lambda * (1 - dones)).flip(0)):
+        last = delta + decay * last
+        advantages.append(last)
+    return torch.stack(advantages).flip(0)
 
 
-# Environment ----------------------------------------------------------------------------------------------------------
+def log_prob(actions, means, logstd):
+    """log N(actions; means, exp(logstd)): (..., A), (..., A), (A,) → (...)"""
+    z = (actions - means) * torch.exp(-logstd)
+    return -0.5 * (z * z).sum(-1) - logstd.sum() - 0.5 * math.log(2 * math.pi) * z.shape[-1]
 
 
-def require(package, requirements):
-    if importlib.util.find_spec(package) is None:
-        sys.exit(f"{SCRIPT}: {package} is not installed: pip install -r {requirements}")
-
-
-def check_task_name(task, tasks):
-    if task not in tasks:
-        matches = difflib.get_close_matches(task, tasks, cutoff=0.4)
-        sys.exit(f"{SCRIPT}: no task {task!r}. Close: {', '.join(matches) or ', '.join(sorted(tasks)[:5])}")
-
-
-# Settings that flags, or BPO's own in PAPER, would undo.
-FLAGS = {"env.scene.num_envs": "--num-envs", "env.seed": "--seed", "env.sim.device": "--device", "agent.seed": "--seed"}
-FLAGS |= {f"agent.{STOCK[name]}": f"--{name.replace('_', '-')}" for name in ("epsilon", "ent_coef", "vf_coef", "update_epochs")}
-
-
-def find_setting(task, config, override):
-    """The object whose field an override a.b.c=value sets, its name and value; exits with a line if there is none."""
-    if flag := FLAGS.get(override.split("=")[0]):
-        sys.exit(f"{SCRIPT}: {override}: the flag {flag} sets this")
-    path, value = override.split("=")[0].split("."), config
-    try:
-        for name in path:
-            config, value = value, value[name] if isinstance(value, dict) else getattr(value, name)
-    except (AttributeError, KeyError, TypeError):
-        sys.exit(f"{SCRIPT}: {override} is no setting of {task}")
-    return config, path[-1], value
-
-
-def check_type(override, old, new):
-    """Exits with a line where an override puts something else in the place of a number."""
-    if isinstance(old, bool | int | float) and not isinstance(new, bool | int | float):
-        sys.exit(f"{SCRIPT}: {override}: no value for a setting that is {old} now")
-
-
-def load_isaaclab(args, launched):
-    """As `load_task`, of Isaac Lab."""
-    require("isaaclab", "requirements-isaaclab.txt")
-    import gymnasium as gym
-    from isaaclab.app import launch_simulation  # before isaaclab_tasks
-
-    importlib.import_module("isaaclab_tasks")  # registers the tasks
-    from isaaclab.envs import DirectMARLEnvCfg
-    from isaaclab_rl.rsl_rl import handle_deprecated_rsl_rl_cfg
-    from isaaclab_tasks.utils import resolve_task_config
-
-    tasks = {name for name in gym.registry if "rsl_rl_cfg_entry_point" in gym.spec(name).kwargs}
-    if args.task.endswith("-v0") and args.task not in tasks:
-        sys.exit(f"{SCRIPT}: Isaac Lab 3.0 has no versions in its ids: --task {args.task.removesuffix('-v0')}")
-    check_task_name(args.task, tasks)
-    presets = [override for override in args.overrides if override.startswith(("presets=", "physics=", "renderer="))]
-    try:
-        env_cfg, rl_cfg = resolve_task_config(args.task, "rsl_rl_cfg_entry_point", overrides=presets)
-        # Isaac Lab would take an override of no setting, or text for a number, without a word.
-        others = [override for override in args.overrides if override not in presets]
-        old = [find_setting(args.task, {"env": env_cfg, "agent": rl_cfg}, override)[-1] for override in others]
-        env_cfg, rl_cfg = resolve_task_config(args.task, "rsl_rl_cfg_entry_point", overrides=list(args.overrides))
-        for override, value in zip(others, old):
-            check_type(override, value, find_setting(args.task, {"env": env_cfg, "agent": rl_cfg}, override)[-1])
-    except (ValueError, TypeError, KeyError) as error:
-        sys.exit(f"{SCRIPT}: {args.task} can't take {' '.join(args.overrides)}: {str(error).splitlines()[0]}")
-    if isinstance(env_cfg, DirectMARLEnvCfg):
-        sys.exit(f"{SCRIPT}: {args.task} has several agents, this script trains one")
-    rl_cfg = handle_deprecated_rsl_rl_cfg(rl_cfg, importlib.metadata.version("rsl-rl-lib"))
-    env_cfg.sim.device, env_cfg.scene.num_envs = args.device, args.num_envs
-    env_cfg.seed, env_cfg.compute_final_obs = args.seed + RANK, True
-
-    def make_env():
-        try:
-            launched.enter_context(launch_simulation(env_cfg, {"visualizer": []}))
-            env = gym.make(args.task, cfg=env_cfg)
-        except FileNotFoundError as error:
-            sys.exit(f"{SCRIPT}: the task's assets can't be read ({error}): without the asset server, set ISAACSIM_ASSET_ROOT "
-                     "to a folder that holds them")  # fmt: skip
-        launched.callback(env.close)
-        return env
-
-    return rl_cfg, make_env
-
-
-def load_mjlab(args, launched):
-    """As `load_task`, of mjlab."""
-    require("mjlab", "requirements-mjlab.txt")
-    if args.capture_video:
-        import torch._dynamo  # noqa: F401  Adam needs it, and Triton in it crashes if a renderer's LLVM was loaded before
-
-        if not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
-            os.environ["MUJOCO_GL"] = "egl"  # renders without a screen
-    try:
-        importlib.import_module("mjlab.tasks")  # registers the tasks
-    except Exception as error:  # MUJOCO_GL names a renderer that is not installed
-        sys.exit(f"{SCRIPT}: mjlab can't be imported: {one_line(error)}")
-    from mjlab.envs import ManagerBasedRlEnv
-    from mjlab.tasks.registry import list_tasks, load_env_cfg, load_rl_cfg
-
-    check_task_name(args.task, list_tasks())
-    env_cfg = load_env_cfg(args.task)
-    env_cfg.scene.num_envs, env_cfg.seed = args.num_envs, args.seed + RANK
-    for override in args.overrides:
-        target, name, old = find_setting(args.task, {"env": env_cfg}, override)
-        value = override.split("=", 1)[1]
-        try:
-            value = value if isinstance(old, str) else json.loads({"True": "true", "False": "false"}.get(value, value))
-            value = tuple(value) if isinstance(old, tuple) else value
-        except (TypeError, ValueError):
-            sys.exit(f"{SCRIPT}: {override}: no value for a setting that is {old} now")
-        check_type(override, old, value)
-        target.update({name: value}) if isinstance(target, dict) else setattr(target, name, value)
-
-    def make_env():
-        render_mode = "rgb_array" if args.capture_video else None
-        try:
-            env = ManagerBasedRlEnv(cfg=env_cfg, device=args.device, render_mode=render_mode)
-        except FileNotFoundError as error:
-            sys.exit(f"{SCRIPT}: {args.task} needs a file ({error}); the tracking tasks' is given as "
-                     "env.commands.motion.motion_file=FILE")  # fmt: skip
-        launched.callback(env.close)
-        return env
-
-    return load_rl_cfg(args.task), make_env
-
-
-def load_task(args, launched):
-    """A task's rsl_rl configuration, and what makes the environment, which `launched` closes in the end."""
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError):
-        sys.exit(f"{SCRIPT}: --device {args.device} is not to be had here: take --device cpu")
-    if args.task.startswith("Mjlab-"):
-        return load_mjlab(args, launched)
-    if args.capture_video:
-        sys.exit(f"{SCRIPT}: Isaac Lab can't film without Isaac Sim: leave --capture-video away, or take an Mjlab- task")
-    return load_isaaclab(args, launched)
-
-
-class Envs:
-    """N simulated robots of either stack, on one device: what actor and critic see, and where episodes ended."""
-
-    def __init__(self, env, rl_cfg):
-        self.env, self.groups = env, rl_cfg.obs_groups if isinstance(rl_cfg.obs_groups, dict) else {}
-        self.num_envs, self.max_episode_length = env.unwrapped.num_envs, env.unwrapped.max_episode_length
-        self.num_actions = env.unwrapped.single_action_space.shape[0]
-        self.action_limit = rl_cfg.clip_actions if isinstance(rl_cfg.clip_actions, float | int) else math.inf
-        self.random_start = getattr(rl_cfg, "init_at_random_ep_len", True)
-        self.is_finite_horizon = env.unwrapped.cfg.is_finite_horizon  # the time limit belongs to the task, and is no cut
-
-    def split(self, obs):
-        """Observation groups by name → actor's (N, D), critic's (N, D′), which are privileged where the task has such."""
-        groups = {"actor": ["actor"] if "actor" in obs else ["policy"]}
-        groups["critic"] = ["critic"] if "critic" in obs else groups["actor"]
-        groups |= self.groups
-        for name in (*groups["actor"], *groups["critic"]):
-            if name not in obs:
-                sys.exit(f"{SCRIPT}: the task's agent takes observations {name!r}, its environment has {', '.join(obs)}")
-            if not isinstance(obs[name], torch.Tensor) or obs[name].ndim != 2:
-                sys.exit(f"{SCRIPT}: the observations {name!r} are no vectors, but images or a dict; this script takes vectors")
-        return tuple(torch.cat([obs[name] for name in groups[key]], -1) for key in ("actor", "critic"))
-
-    def reset(self, random_start=False):
-        """Starts all episodes, with `random_start` at different distances from their time limit; returns observations."""
-        obs, _ = self.env.reset()
-        lengths = self.env.unwrapped.episode_length_buf  # some tasks draw it at random themselves
-        high = int(self.max_episode_length) if random_start else 1
-        self.env.unwrapped.episode_length_buf = torch.randint_like(lengths, high=high)
-        actor_obs, self.critic_obs = self.split(obs)
-        return actor_obs, self.critic_obs
-
-    def step(self, actions):
-        """Actions (N, A) → actor's and critic's observations, what the critic saw where actions led, rewards, ends, metrics.
-
-        mjlab doesn't give the last observation of an episode; as in rsl_rl the one before stands for it.
-        """
-        obs, *results, extras = self.env.step(actions.clamp(-self.action_limit, self.action_limit))
-        rewards, terminations, truncations = (tensor.reshape(self.num_envs) for tensor in results)  # from (N,) or (N, 1)
-        actor_obs, critic_obs = self.split(obs)
-        last_obs = self.split(extras["final_obs"])[1] if "final_obs" in extras else self.critic_obs
-        if self.is_finite_horizon:
-            terminations = terminations | truncations
-        # What comes after a termination is worth 0; where a simulation failed, the last observation may be infinite.
-        final_obs = torch.where((truncations & ~terminations)[:, None], last_obs, critic_obs)
-        self.critic_obs = critic_obs
-        return actor_obs, critic_obs, final_obs, rewards, terminations, truncations, extras.get("log", {})
-
-
-def make_envs(args, rl_cfg, make_env):
-    """The environments; exits with a line where they can't be made, or memory can't hold what the arguments ask for."""
-    layers = [pair for sizes in (args.actor_hidden_dims, args.critic_hidden_dims) for pair in zip((8, *sizes), sizes)]
-    needed = 16 * sum(a * b for a, b in layers)  # weights, gradients and Adam's moments
-    needed += args.num_envs * (10_000 + 200 * args.num_steps)  # a robot, and a step of it, take more than that
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
-    if args.device.startswith("cuda"):
-        memory = torch.cuda.mem_get_info(args.device)[1]
-    if needed > memory:
-        sys.exit(f"{SCRIPT}: --num-envs (or --eval-episodes), --num-steps, --actor-hidden-dims and --critic-hidden-dims need "
-                 f"at least {needed / 1e9:.0f} GB of memory, {args.device} has {memory / 1e9:.0f}")  # fmt: skip
-    try:
-        return Envs(make_env(), rl_cfg)
-    except Exception as error:  # whatever a task's own code, or a renderer, raises
-        overridden = f" with {' '.join(args.overrides)}" if args.overrides else ""
-        sys.exit(f"{SCRIPT}: {args.task} can't be made{overridden}: {one_line(error)}")
+def gaussian_kl(old_means, old_logstd, means, logstd):
+    """KL(N₀‖N) = Σ_a log(σ/σ₀) + (σ₀² + (m₀−m)²)/(2σ²) − ½: (B, A), (A,), (B, A), (A,) → (B,)"""
+    variances = (2 * old_logstd).exp() + (old_means - means) ** 2
+    return (logstd - old_logstd + 0.5 * (variances / (2 * logstd).exp() - 1)).sum(-1)  # exactly 0 where they are the same
 
 
 # Networks -------------------------------------------------------------------------------------------------------------
@@ -514,7 +242,7 @@ class Agent(nn.Module):
         self.critic = mlp(critic_obs_dim, args.critic_hidden_dims, 2, args.activation)
 
     def parameter_groups(self):
-        """The actor's parameters and the critic's."""
+        """The actor's parameters and the critic's, whose gradients are clipped apart."""
         return [*self.actor.parameters(), self.actor_logstd], list(self.critic.parameters())
 
     @torch.no_grad()
@@ -523,212 +251,356 @@ class Agent(nn.Module):
         actions = self.actor(torch.as_tensor(obs, dtype=torch.float32, device=self.actor_logstd.device))
         return actions.to(obs.device) if isinstance(obs, torch.Tensor) else actions.cpu().numpy()
 
-    def get_value(self, obs):
-        """V(s): critic's observations (..., D) → (...)"""
-        return self.critic(self.critic_normalize(obs))[..., 0]
-
     def get_values(self, obs):
         """V(s) and μ(s): critic's observations (..., D) → (...), (...)"""
         return self.critic(self.critic_normalize(obs)).unbind(-1)
 
 
-def log_prob(actions, means, logstd):
-    """log N(actions; means, exp(logstd)): (..., A), (..., A), (A,) → (...)"""
-    z = (actions - means) * torch.exp(-logstd)
-    return -0.5 * (z * z).sum(-1) - logstd.sum() - 0.5 * math.log(2 * math.pi) * z.shape[-1]
+# Environment ----------------------------------------------------------------------------------------------------------
 
 
-def gaussian_kl(old_means, old_logstd, means, logstd):
-    """KL(N₀‖N) = Σ_a log(σ/σ₀) + (σ₀² + (m₀−m)²)/(2σ²) − ½: (B, A), (A,), (B, A), (A,) → (B,)"""
-    variances = (2 * old_logstd).exp() + (old_means - means) ** 2
-    return (logstd - old_logstd + 0.5 * (variances / (2 * logstd).exp() - 1)).sum(-1)  # exactly 0 where they are the same
+class Envs:
+    """N simulated robots of either stack, on one device: what actor and critic see, and where episodes ended."""
+
+    def __init__(self, env, rl_cfg):
+        self.env, self.groups = env, rl_cfg.obs_groups if isinstance(rl_cfg.obs_groups, dict) else {}
+        self.num_envs, self.max_episode_length = env.unwrapped.num_envs, env.unwrapped.max_episode_length
+        self.num_actions = env.unwrapped.single_action_space.shape[0]
+        self.action_limit = rl_cfg.clip_actions if isinstance(rl_cfg.clip_actions, float | int) else math.inf
+        self.random_start = getattr(rl_cfg, "init_at_random_ep_len", True)
+        self.is_finite_horizon = env.unwrapped.cfg.is_finite_horizon  # the time limit belongs to the task, and is no cut
+
+    def split(self, obs):
+        """Observation groups by name → actor's (N, D), critic's (N, D′), which are privileged where the task has such."""
+        groups = {"actor": ["actor"] if "actor" in obs else ["policy"]}
+        groups["critic"] = ["critic"] if "critic" in obs else groups["actor"]
+        groups |= self.groups
+        for name in (*groups["actor"], *groups["critic"]):
+            if name not in obs:
+                sys.exit(f"{SCRIPT}: the task's agent takes observations {name!r}, its environment has {', '.join(obs)}")
+            if not isinstance(obs[name], torch.Tensor) or obs[name].ndim != 2:
+                sys.exit(f"{SCRIPT}: the observations {name!r} are no vectors, but images or a dict; this script takes vectors")
+        return tuple(torch.cat([obs[name] for name in groups[key]], -1) for key in ("actor", "critic"))
+
+    def reset(self, random_start=False):
+        """Starts all episodes, with `random_start` at different distances from their time limit; returns observations."""
+        obs, _ = self.env.reset()
+        lengths = self.env.unwrapped.episode_length_buf  # some tasks draw it at random themselves
+        high = int(self.max_episode_length) if random_start else 1
+        self.env.unwrapped.episode_length_buf = torch.randint_like(lengths, high=high)
+        actor_obs, self.critic_obs = self.split(obs)
+        return actor_obs, self.critic_obs
+
+    def step(self, actions):
+        """Actions (N, A) → actor's and critic's observations, what the critic saw where actions led, rewards, ends, metrics.
+
+        mjlab doesn't give the last observation of an episode; as in rsl_rl the one before stands for it.
+        """
+        obs, *results, extras = self.env.step(actions.clamp(-self.action_limit, self.action_limit))
+        rewards, terminations, truncations = (tensor.reshape(self.num_envs) for tensor in results)  # from (N,) or (N, 1)
+        actor_obs, critic_obs = self.split(obs)
+        last_obs = self.split(extras["final_obs"])[1] if "final_obs" in extras else self.critic_obs
+        if self.is_finite_horizon:
+            terminations = terminations | truncations
+        # What comes after a termination is worth 0; where a simulation failed, the last observation may be infinite.
+        final_obs = torch.where((truncations & ~terminations)[:, None], last_obs, critic_obs)
+        self.critic_obs = critic_obs
+        return actor_obs, critic_obs, final_obs, rewards, terminations, truncations, extras.get("log", {})
 
 
-def flatten_parameters(parameters):
-    """Moves weights into one vector, their gradients into another: to average, clip and step is then one operation each."""
-    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    vector.grad = torch.zeros_like(vector)
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, data, grad in zip(parameters, vector.data.split(sizes), vector.grad.split(sizes)):
-        parameter.data, parameter.grad = data.view_as(parameter), grad.view_as(parameter)
-    return vector
-
-
-# Loss -----------------------------------------------------------------------------------------------------------------
-
-
-def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
-    """Generalised advantage estimates (Schulman et al., 2016), all arguments and the result (T, N).
-
-    `next_values` are V of the observations the actions led to, before any reset. A termination ends the bootstrap; every
-    end of an episode, by time limit too, ends the trace.
-
-        δ_t = r_t + γ·(1 − terminated_t)·V(s_{t+1}) − V(s_t),   A_t = δ_t + γλ·(1 − done_t)·A_{t+1}
-    """
-    next_values = torch.where(terminations > 0, 0.0, next_values)  # what follows a termination may be anything, NaN too
-    advantages = rewards + gamma * next_values - values  # δ_t, the first term of the sum A_t
-    decays = gamma * gae_lambda * (1 - dones)
-    span = 1
-    while span < len(advantages):  # each round doubles the terms summed, far fewer operations than a loop over the steps
-        advantages = advantages + decays * nn.functional.pad(advantages[span:], (0, 0, 0, span))
-        decays = decays * nn.functional.pad(decays[span:], (0, 0, 0, span))
-        span *= 2
-    return advantages
+# Training -------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def estimate_returns(agent, rollout, args):
     """V(s), GAE(λ) advantages and returns R̂ = A + V of a rollout's steps, with the critic as it is: a dict of (T·N,).
 
-    `rollout` holds obs and next_obs (T, N, D) as the critic takes them, and `gae`'s rewards, terminations and dones (T, N).
-    Where an episode goes on, next_obs are the next step's obs and need no second look.
+    `rollout` holds critic_obs and next_obs (T, N, D), and `gae`'s rewards, terminations and dones (T, N).
+    Where an episode goes on, next_obs are the next step's and need no second look.
     """
-    values = agent.get_value(rollout["obs"])
-    next_values = torch.cat((values[1:], agent.get_value(rollout["next_obs"][-1:])))  # V(s_{t+1})
+    values, _ = agent.get_values(rollout["critic_obs"])
+    next_values = torch.cat((values[1:], agent.get_values(rollout["next_obs"][-1:])[0]))
     cut_off = rollout["dones"] > rollout["terminations"]  # by a time limit: the next step's obs are of another episode
-    next_values[cut_off] = agent.get_value(rollout["next_obs"][cut_off])
+    next_values[cut_off] = agent.get_values(rollout["next_obs"][cut_off])[0]
     ends = rollout["terminations"], rollout["dones"]
     advantages = gae(rollout["rewards"], values, next_values, *ends, args.gamma, args.gae_lambda)
     return {"values": values.flatten(), "advantages": advantages.flatten(), "returns": (advantages + values).flatten()}
 
 
-def target_ratio(median_advantages, epsilon, temperature):
-    """ρ* = 1 + ε·tanh(Ã/(2λ)), the optimal ratio in the band [1−ε, 1+ε]; any shape (Ao et al., 2026)."""
-    return 1 + epsilon * torch.tanh(median_advantages / (2 * temperature))
-
-
-def bpo_loss(ratio, advantages, median_advantages, epsilon, temperature):
-    """Policy loss E[|A|·|ρ − ρ*|] (Ao et al., 2026): a scalar.
-
-    `ratio` ρ = π_θ/π₀ (B,) carries the gradient; `advantages` A = R̂ − V(s) (B,), whose scale is free, and
-    `median_advantages` Ã = R̂ − μ(s) (B,), in the units of `temperature`, must be detached.
-    """
-    errors = (ratio - target_ratio(median_advantages, epsilon, temperature)).abs()  # |ρ − ρ*|
-    return (advantages.abs() * errors).mean()  # E[|A|·|ρ − ρ*|]
-
-
-def median_loss(returns, median_values, temperature):
-    """Convex loss whose minimiser is the soft median of the returns (Ao et al., 2026): (B,), (B,) → a scalar."""
-    errors = returns - median_values  # Q − u
-    return (F.softplus(errors, beta=1 / temperature) - 0.5 * errors).mean()  # E[λ·softplus((Q−u)/λ) − ½(Q−u)]
-
-
-def ppo_loss(ratio, advantages, clip_coef):
-    """Clipped surrogate −E[min(ρA, clip(ρ, 1−ε, 1+ε)A)] (Schulman et al., 2017): (B,), (B,) → a scalar."""
-    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)  # clip(ρ, 1−ε, 1+ε)
-    return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # −E[min(ρA, clip(ρ)A)]
-
-
-def clipped_value_loss(values, old_values, returns, clip_coef):
-    """½E[max((V−R̂)², (V₀ + clip(V−V₀, −ε, ε) − R̂)²)], as CleanRL and the authors of PPO: (B,), (B,), (B,) → a scalar."""
-    clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-    return 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square()).mean()
-
-
-def loss_coefficients(args):
-    """Weights of the terms that `minibatch_losses` returns, in its order; the KL is there for the learning rate."""
-    median_coef = args.median_coef * args.use_median * (args.loss == "bpo")
-    return {"policy_loss": 1.0, "value_loss": 2 * args.vf_coef, "median_loss": median_coef, "entropy": -args.ent_coef, "kl": 0}
-
-
-def minibatch_losses(agent, batch, old_logstd, args):
-    """Policy, value and median loss, entropy and KL(π₀‖π) on a minibatch of `update`'s batch: five scalars."""
+def total_loss(agent, args, batch, old_logstd):
+    """The loss of a minibatch, its terms, and KL(π₀‖π). BPO takes A and Ã against the critics as they are now."""
     means, logstd = agent.actor(batch["obs"]), agent.actor_logstd
     ratio = torch.exp(log_prob(batch["actions"], means, logstd) - batch["logprobs"])
     values, median_values = agent.get_values(batch["critic_obs"])
     if args.loss == "ppo":
         policy_loss = ppo_loss(ratio, batch["normalized_advantages"], args.epsilon)
+        value_clip, mu_loss = args.epsilon if args.clip_vloss else math.inf, torch.zeros_like(policy_loss)
     else:
         advantages = (batch["returns"] - values).detach()
         median_advantages = (batch["returns"] - median_values).detach() if args.use_median else advantages
         weights = advantages if args.online_adv else batch["normalized_advantages"]
         policy_loss = bpo_loss(ratio, weights, median_advantages, args.epsilon, args.temperature)
-    value_clip = args.epsilon if args.clip_vloss and args.loss == "ppo" else math.inf
+        value_clip, mu_loss = math.inf, median_loss(batch["returns"], median_values, args.median_temperature) * args.use_median
     value_loss = clipped_value_loss(values, batch["values"], batch["returns"], value_clip)
-    threshold_loss = median_loss(batch["returns"], median_values, args.median_temperature)
     entropy = (logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()
-    with torch.no_grad():
-        kl = gaussian_kl(batch["means"], old_logstd, means, logstd).mean()
-    return policy_loss, value_loss, threshold_loss, entropy, kl
-
-
-@torch.no_grad()
-def adapt_learning_rate(learning_rate, kl, desired_kl):
-    """Lowers the learning rate, a tensor (), where KL(π₀‖π) is above twice the desired one, raises it below half; in place.
-
-    As in rsl_rl a KL of 0, a rollout's first, tells nothing.
-    """
-    factor = torch.where(kl > 2 * desired_kl, 1 / 1.5, torch.where((kl > 0) & (kl < desired_kl / 2), 1.5, 1.0))
-    learning_rate.mul_(factor).clamp_(1e-5, 1e-2)
+    # rsl_rl's value loss has no ½, hence the 2.
+    loss = policy_loss + 2 * args.vf_coef * value_loss + args.median_coef * mu_loss - args.ent_coef * entropy
+    kl = gaussian_kl(batch["means"], old_logstd, means.detach(), logstd.detach()).mean()
+    terms = {"policy_loss": policy_loss, "value_loss": value_loss, "median_loss": mu_loss, "entropy": entropy, "kl": kl}
+    return loss, terms
 
 
 def update(agent, optimizer, batch, args, reevaluate=None):
-    """Fits policy and critics to one rollout; returns the metrics, scalars.
+    """Fits policy and critics to one rollout; returns the means of the loss's terms, scalars.
 
     `batch` holds obs, critic_obs (B, D), actions, means (B, A), logprobs, values, advantages and returns (B,); before each
-    epoch but the first `reevaluate()`, if there is one, gives the last three anew. FloatingPointError names the first term that
-    is not finite.
+    epoch but the first `reevaluate()`, if there is one, gives the last three anew.
     """
-    (actor, critic), learning_rate = optimizer.param_groups[0]["params"], optimizer.param_groups[0]["lr"]
-    names, coefs = zip(*loss_coefficients(args).items())
-    coefs, history, old_logstd = torch.tensor(coefs, device=actor.device), [], agent.actor_logstd.detach().clone()
-    explained_variance = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
+    vectors, learning_rate = optimizer.param_groups[0]["params"], optimizer.param_groups[0]["lr"]
+    actor, critic = agent.parameter_groups()
+    history, old_logstd = [], agent.actor_logstd.detach().clone()
     for epoch in range(args.update_epochs):
         if epoch and reevaluate:
             batch = batch | reevaluate()
         if epoch == 0 or args.loss == "ppo":  # BPO's fixed weights stay the rollout's
             advantages = batch["advantages"]
             batch["normalized_advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        shuffle = torch.randperm(len(batch["obs"]), device=actor.device)
+        shuffle = torch.randperm(len(batch["obs"]), device=learning_rate.device)
         shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
         for minibatch in zip(*shuffled):
-            losses = torch.stack(minibatch_losses(agent, dict(zip(batch, minibatch)), old_logstd, args))
-            actor.grad.zero_(), critic.grad.zero_()
-            (coefs @ losses).backward()
-            for vector in (actor, critic):
-                average(vector.grad)
-                vector.grad.mul_((args.max_grad_norm / (vector.grad.norm() + 1e-6)).clamp(max=1.0))
-            losses = average(losses.detach())
-            if args.desired_kl:
-                adapt_learning_rate(learning_rate, losses[-1], args.desired_kl)
+            loss, terms = total_loss(agent, args, dict(zip(batch, minibatch)), old_logstd)
+            grads = torch.autograd.grad(loss, actor + critic)
+            for vector, parts in zip(vectors, (grads[: len(actor)], grads[len(actor) :])):
+                grad = average(parameters_to_vector(parts))
+                vector.grad = grad * (args.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
+            history.append(average(torch.stack(list(terms.values())).detach()))
+            if args.desired_kl:  # as in rsl_rl: a KL of 0, a rollout's first, tells nothing
+                kl = history[-1][-1]
+                slower, faster = kl > 2 * args.desired_kl, (kl > 0) & (kl < args.desired_kl / 2)
+                learning_rate.mul_(torch.where(slower, 1 / 1.5, torch.where(faster, 1.5, 1.0))).clamp_(1e-5, 1e-2)
             optimizer.step()
-            history.append(losses)
-    history = torch.stack(history)
-    for _, term in (~history.isfinite()).nonzero()[:1].tolist():
-        raise FloatingPointError(f"{names[term]} is not finite")
-    metrics = dict(zip(names, history.mean(0))) | ratio_metrics(agent, batch, args)
-    metrics["explained_variance"] = explained_variance
-    metrics = dict(zip(metrics, average(torch.stack(list(metrics.values())))))
-    if not (metrics["approx_kl"].isfinite() and actor.isfinite().all() and critic.isfinite().all()):
-        raise FloatingPointError("the ratio, or a weight, is not finite")
-    return metrics
+    return dict(zip(terms, torch.stack(history).mean(0)))
+
+
+def train(args):
+    """Trains, evaluates, exports and draws the learning curve; returns the run folder."""
+    with contextlib.ExitStack() as launched:
+        run_dir, args, checkpoint, envs = begin(args, launched)
+        state = {"step": 0, "seconds": 0.0, "curriculum": 0, "best": -math.inf} | (checkpoint["state"] if checkpoint else {})
+        batch_size = args.num_envs * args.num_steps * WORLD_SIZE
+        iteration, num_iterations, best = state["step"] // batch_size, args.total_timesteps // batch_size, state["best"]
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(args.seed + 1_000 * iteration + RANK)
+
+        obs, critic_obs = envs.reset(envs.random_start)
+        envs.env.unwrapped.common_step_counter = state["curriculum"]  # curricula go by it; the reset above drew levels at 0
+        agent = Agent(obs.shape[1], critic_obs.shape[1], envs.num_actions, args).to(args.device)
+        if checkpoint:
+            agent.load_state_dict(checkpoint["agent"])
+        vectors = []  # all weights of the actor, and of the critic: to average, clip and step is one operation each
+        for parameters in agent.parameter_groups():
+            vectors.append(nn.Parameter(parameters_to_vector(parameters).detach()))
+            if WORLD_SIZE > 1:
+                dist.broadcast(vectors[-1].data, 0)
+            vector_to_parameters(vectors[-1].data, parameters)  # the layers are views of it from here on
+        learning_rate = torch.tensor(args.learning_rate, device=args.device)
+        optimizer = torch.optim.Adam(vectors, lr=learning_rate, eps=1e-8, fused=True)
+        if checkpoint:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            optimizer.param_groups[0]["lr"] = learning_rate.copy_(optimizer.param_groups[0]["lr"])
+        start_time = time.time() - state["seconds"]
+
+        def save(name="checkpoint.pt"):
+            state = {"step": iteration * batch_size, "seconds": time.time() - start_time, "best": best}
+            state |= {"curriculum": int(envs.env.unwrapped.common_step_counter), "world_size": WORLD_SIZE}
+            save_checkpoint(run_dir / name, agent, args, state=state, optimizer=optimizer.state_dict())
+
+        zeros = lambda *size: torch.zeros((args.num_steps, args.num_envs, *size), device=args.device)  # noqa: E731
+        steps = {"obs": zeros(obs.shape[1]), "actions": zeros(envs.num_actions), "means": zeros(envs.num_actions)}
+        rollout = {"critic_obs": zeros(critic_obs.shape[1]), "next_obs": zeros(critic_obs.shape[1])}
+        rollout |= {name: zeros() for name in ("rewards", "terminations", "dones")}
+        episode_return, episode_length = torch.zeros((2, args.num_envs), device=args.device)
+        log = Log(args, run_dir, start_time, iteration * batch_size) if RANK == 0 else None
+
+        while True:
+            if RANK == 0 and (iteration % args.checkpoint_every == 0 or iteration == num_iterations):
+                save()
+            if iteration == num_iterations:
+                break
+
+            # Rollout. All stays on the device; what the episodes that end have come to is summed there.
+            ended, task_metrics = torch.zeros(3, device=args.device), defaultdict(list)
+            with torch.no_grad():
+                std = agent.actor_logstd.exp()
+                for t in range(args.num_steps):
+                    steps["obs"][t], rollout["critic_obs"][t] = obs, critic_obs
+                    steps["means"][t] = means = agent.actor(obs)
+                    steps["actions"][t] = actions = means + torch.randn_like(means) * std
+                    obs, critic_obs, rollout["next_obs"][t], rewards, terminations, truncations, extras = envs.step(actions)
+                    dones = terminations | truncations
+                    rollout["rewards"][t], rollout["terminations"][t], rollout["dones"][t] = rewards, terminations, dones
+                    episode_return += rewards
+                    episode_length += 1
+                    ended += torch.stack((episode_return * dones, episode_length * dones, dones.float())).sum(1)
+                    episode_return *= ~dones
+                    episode_length *= ~dones
+                    for name, value in extras.items():
+                        task_metrics[name].append(value)
+            iteration += 1
+
+            # Advantages and returns, with the critic as it is; BPO takes them anew before each epoch.
+            estimate = lambda: estimate_returns(agent, rollout, args)  # noqa: E731
+            batch = {name: tensor.flatten(0, 1) for name, tensor in steps.items()} | estimate()
+            batch["critic_obs"] = rollout["critic_obs"].flatten(0, 1)
+            batch["logprobs"] = log_prob(batch["actions"], batch["means"], agent.actor_logstd.detach())
+
+            # Update. The statistics of the observations move after it, so that π₀ is one policy in the whole rollout.
+            losses = update(agent, optimizer, dict(batch), args, estimate if args.reevaluate else None)
+            changes = update_metrics(agent, args, batch)
+            if args.norm_obs:
+                agent.actor.normalize.update(batch["obs"])
+                agent.critic_normalize.update(batch["critic_obs"])
+            seen = average(batch["obs"].sum() + batch["critic_obs"].sum())
+            for name, value in {"an observation": seen, **losses, "a ratio": changes["approx_kl"], "a weight": vectors}.items():
+                if not all(tensor.isfinite().all() for tensor in (value if name == "a weight" else [value])):
+                    message = f"stopped at step {iteration * batch_size}: {name} is not finite"
+                    sys.exit(f"{SCRIPT}: {message}. {run_dir} keeps the last good checkpoint" if RANK == 0 else 1)
+
+            ended = (average(ended) * WORLD_SIZE).tolist()
+            if RANK == 0:
+                log.iteration(iteration * batch_size, losses | changes, learning_rate, task_metrics, *ended)
+            if RANK == 0 and args.eval_every and iteration % args.eval_every == 0:
+                save("candidate.pt")
+                score = evaluate_apart(args, run_dir / "candidate.pt")
+                (run_dir / "candidate.pt").unlink()
+                log.writer.add_scalar("eval/mean_return", score, iteration * batch_size)
+                if score > best:
+                    best = score
+                    save("best.pt")
+
+        if RANK == 0:
+            evaluate(agent, envs, args, run_dir)
+            export_policy(agent, run_dir)
+            log.close()
+            finish(args, run_dir)
+    return run_dir
+
+
+# What surrounds a run -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def ratio_metrics(agent, batch, args):
-    """What an update did to the ratios of its rollout: estimates of KL(π₀‖π), share outside the band."""
+def update_metrics(agent, args, batch):
+    """What an update did to the ratios of its rollout: estimates of KL(π₀‖π), share outside the band; what V explained."""
     logratio = log_prob(batch["actions"], agent.actor(batch["obs"]), agent.actor_logstd) - batch["logprobs"]
     ratio = logratio.exp()
-    return {
+    metrics = {
         "old_approx_kl": -logratio.mean(),
         "approx_kl": (ratio - 1 - logratio).mean(),
         "clipfrac": ((ratio - 1).abs() > args.epsilon).float().mean(),
+        "explained_variance": 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var(),
     }
+    return {name: average(value) for name, value in metrics.items()}
 
 
-# Run folder -----------------------------------------------------------------------------------------------------------
+class Log:
+    """episodes.csv, TensorBoard and the progress bar; without a terminal a line a minute."""
+
+    def __init__(self, args, run_dir, start_time, start):
+        self.start_time, self.next_line, self.recent = start_time, time.time() + 60, deque(maxlen=20)
+        self.csv = open(run_dir / "episodes.csv", "a")  # noqa: SIM115
+        self.writer = SummaryWriter(run_dir, purge_step=start + 1)
+        flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
+        batch_size = args.num_envs * args.num_steps * WORLD_SIZE
+        self.total = args.total_timesteps // batch_size * batch_size
+        self.progress = tqdm(total=self.total, initial=start, unit=" steps", disable=None)
+
+    def iteration(self, step, losses, learning_rate, task_metrics, total_return, total_length, episodes):
+        seconds = time.time() - self.start_time
+        charts = {"charts/learning_rate": learning_rate, "charts/SPS": int(step / seconds)}
+        charts |= {f"losses/{name}": value for name, value in losses.items()}
+        charts |= {f"task/{name}": sum(values) / len(values) for name, values in task_metrics.items()}
+        if episodes:
+            self.recent.append(total_return / episodes)
+            charts |= {"charts/episodic_return": self.recent[-1], "charts/episodic_length": total_length / episodes}
+            self.csv.write(f"{step},{self.recent[-1]},{round(total_length / episodes)},{seconds:.1f}\n")
+        for name, value in charts.items():
+            self.writer.add_scalar(name, float(value), step)
+        self.writer.flush()
+        self.csv.flush()
+        recent = f"{np.mean(self.recent):.2f}" if self.recent else "-"
+        self.progress.set_postfix({"return": recent}, refresh=False)
+        self.progress.update(step - self.progress.n)
+        if self.progress.disable and time.time() > self.next_line:
+            self.next_line = time.time() + 60
+            left = self.progress.format_interval((self.total - step) / step * seconds)
+            print(f"step {step:,}: return {recent}, {step / seconds:.0f} steps/s, {left} left", flush=True)
+
+    def close(self):
+        self.progress.close()
+        self.csv.close()
+        self.writer.close()
 
 
-def new_run_dir(args):
-    """Makes runs/<task>__<exp_name>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
-    stamp = int(time.time())
-    Path("runs").mkdir(exist_ok=True)
-    while True:
-        run_dir = Path("runs") / re.sub("[/:]", "-", f"{args.task}__{args.exp_name}__{args.seed}__{stamp}")
-        with contextlib.suppress(FileExistsError):
-            run_dir.mkdir()
-            return run_dir
-        stamp += 1
+def begin(args, launched):
+    """What `train` starts from: run folder (None but on the first process), arguments, checkpoint or None, environments.
+
+    Exits with a line on bad input. `launched` closes simulator and process group in the end.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in the training scripts of Isaac Lab and mjlab
+    run_dir, checkpoint = None, load_checkpoint(args.resume) if args.resume else None
+    done = checkpoint["state"]["step"] if checkpoint else 0
+    if checkpoint:
+        run_dir, settings = Path(args.resume), checkpoint["args"]
+        if run_dir.is_file():
+            sys.exit(f"{SCRIPT}: --resume {run_dir}: a run goes on from its folder, and the checkpoint.pt in it")
+        total_timesteps = settings.total_timesteps if args.total_timesteps is None else args.total_timesteps
+        if done > total_timesteps:
+            sys.exit(f"{SCRIPT}: {run_dir} is at step {done} already, beyond --total-timesteps {total_timesteps}")
+        args = replace(settings, total_timesteps=total_timesteps, device=args.device or settings.device)
+    args = replace(args, device=args.device or best_device())
+    if WORLD_SIZE > 1:
+        cuda = args.device.startswith("cuda")
+        args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device)
+        dist.init_process_group("nccl" if cuda else "gloo")
+        launched.callback(dist.destroy_process_group)
+    rl_cfg, make_env = load_task(args, launched)
+    args = stock_settings(rl_cfg, args)
+    check_args(args)
+    envs = make_envs(args, rl_cfg, make_env)
+
+    @launched.push
+    def stopped(_, error, __):  # here, since Isaac Lab prints the trace of all that leaves it
+        if isinstance(error, KeyboardInterrupt):
+            if RANK == 0 and run_dir:
+                finish(args, run_dir)
+                program = f"torchrun --nproc-per-node {WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
+                print(f"stopped; to go on from the last checkpoint: {program} {SCRIPT}.py --resume {run_dir}", flush=True)
+            sys.exit(130)
+        if isinstance(error, OSError):
+            sys.exit(f"{SCRIPT}: {one_line(error)} (runs are written to {Path('runs').absolute()})")
+
+    if RANK != 0:
+        return None, args, checkpoint, envs
+    if checkpoint:
+        rows = (run_dir / "episodes.csv").read_text().splitlines(keepends=True)
+        rows = [row for row in rows if row.startswith("step") or int(row.split(",")[0] or 0) <= done]  # the others come again
+        (run_dir / "episodes.csv").write_text("".join(rows))
+        print("a simulation can't be saved: new episodes begin")
+        if (before := checkpoint["state"]["world_size"]) != WORLD_SIZE:
+            print(f"before there were {before} processes, now {WORLD_SIZE}: batches change with them")
+    else:
+        stamp, name = int(time.time()), re.sub("[/:]", "-", f"{args.task}__{args.exp_name}__{args.seed}__")
+        while (run_dir := Path(f"runs/{name}{stamp}")).exists():
+            stamp += 1
+        run_dir.mkdir(parents=True)
+        (run_dir / "episodes.csv").write_text("step,return,length,wall_time\n")
+    print(f"run folder: {run_dir}", flush=True)
+    write_config(run_dir, args)
+    if args.track:
+        start_wandb(args, run_dir)
+    return run_dir, args, checkpoint, envs
 
 
 def write_config(run_dir, args):
@@ -738,8 +610,11 @@ def write_config(run_dir, args):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", *PACKAGES)}
-    config = asdict(args) | {"versions": {"python": platform.python_version()} | versions, "commit": commit}
+    versions, packages = {"python": platform.python_version()}, "torch numpy isaaclab newton mjlab mujoco mujoco-warp warp-lang"
+    for name in [*packages.split(), "rsl-rl-lib"]:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    config = asdict(args) | {"versions": versions, "commit": commit}
     (run_dir / "config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -756,11 +631,20 @@ def start_wandb(args, run_dir):
         sys.exit(f"{SCRIPT}: --track: {one_line(error)}")
 
 
-def finish(args, run_dir, writer, title):
-    """Draws the learning curve, names the videos, and hands them to wandb."""
-    with contextlib.suppress(OSError):
-        writer.close()
-    plot_learning_curve(run_dir, title, "iteration")
+def finish(args, run_dir):
+    """Draws the learning curve: the return of every iteration, and the mean of the last 20. Names the videos."""
+    rows = [row.split(",") for row in (run_dir / "episodes.csv").read_text().splitlines()[1:]]
+    steps, returns = np.array([row[:2] for row in rows if len(row) == 4], float).reshape(-1, 2).T  # a killed run may cut one
+    means = [returns[max(0, i - 20) : i].mean() for i in range(1, len(returns) + 1)]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, returns, ".", alpha=0.25, label="iteration")
+    axes.plot(steps, means, color="tab:blue", label="mean of the last 20 iterations")
+    title = f"{args.task}, {SCRIPT} --loss {args.loss}, seed {args.seed}"
+    axes.set(xlabel="environment steps", ylabel="return (undiscounted)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run_dir / "learning_curve.png", dpi=120)
     print(f"learning curve: {run_dir / 'learning_curve.png'}")
     videos = sorted(run_dir.glob("videos/*.mp4"))
     for video in videos:
@@ -776,30 +660,11 @@ def one_line(error):
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def convert(tree, types, function):
-    """Applies `function` to the leaves of these types in nested dicts, lists and tuples."""
-    if isinstance(tree, dict):
-        return {key: convert(value, types, function) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(convert(value, types, function) for value in tree)
-    return function(tree) if isinstance(tree, types) else tree
-
-
-def save_checkpoint(run_dir, checkpoint, name="checkpoint.pt"):
-    """Replaces a run's checkpoint, made of tensors and plain data, in one step: at any instant a whole one is there."""
-    buffer, temporary = io.BytesIO(), run_dir / "checkpoint.tmp"
-    torch.save(convert(checkpoint, np.ndarray | np.generic, lambda array: torch.from_numpy(np.array(array))), buffer)
-    try:
-        with open(run_dir / "episodes.csv", "r+b") as file:
-            os.fsync(file.fileno())  # the checkpoint tells how much of it to keep
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, run_dir / name)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+def save_checkpoint(path, agent, args, **state):
+    """Writes tensors and plain data to a temporary file and renames it: at any instant there is a whole one."""
+    state |= {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict()}
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def load_checkpoint(run_dir):
@@ -824,37 +689,6 @@ def load_agent(run_dir):
     agent = Agent(*sizes, checkpoint["args"])
     agent.load_state_dict(weights)
     return agent
-
-
-def append_episodes(path, size, rows):
-    """Appends to the first `size` bytes of episodes.csv, cutting what an interrupted run left there; returns the new size."""
-    text = "".join(f"{step},{float(score)},{length},{seconds:.1f}\n" for step, score, length, seconds in rows)
-    with open(path, "r+b") as file:
-        file.truncate(size)
-        file.seek(size)
-        file.write(text.encode())
-    return size + len(text)
-
-
-def plot_learning_curve(run_dir, title, unit="episode"):
-    """Draws learning_curve.png: the return in each row of episodes.csv, which is a `unit`'s, and the mean of the last 20."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
-    rows = [row for row in rows if row.count(",") == 3]  # a full disk may have cut one
-    steps, returns = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
-    means = [returns[max(0, i - 20) : i].mean() for i in range(1, len(returns) + 1)]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(steps, returns, ".", alpha=0.25, label=unit)
-    axes.plot(steps, means, color="tab:blue", label=f"mean of the last 20 {unit}s")
-    axes.set(xlabel="environment steps", ylabel="return (undiscounted)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(run_dir / "learning_curve.png", dpi=120)
-    plt.close(figure)
 
 
 def export_policy(agent, run_dir):
@@ -906,206 +740,254 @@ def evaluate_apart(args, checkpoint):
     return math.nan
 
 
-# Training -------------------------------------------------------------------------------------------------------------
+def check_args(args):
+    """Exits with a line on arguments that can't be."""
+
+    def check(names, fine, rule):
+        for name in names.split():
+            if not (math.isfinite(value := getattr(args, name)) and fine(value)):
+                sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be {rule}")
+
+    batch_size = args.num_envs * args.num_steps
+    check("num_envs num_steps update_epochs checkpoint_every eval_episodes", lambda x: x >= 1, "at least 1")
+    check("seed eval_every", lambda x: 0 <= x <= 10**9, "between 0 and 1,000,000,000")
+    check("learning_rate max_grad_norm init_std temperature median_temperature", lambda x: x > 0, "a positive number")
+    check("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
+    check("desired_kl vf_coef median_coef", lambda x: x >= 0, "a number that is not negative")
+    check("ent_coef", lambda x: True, "a finite number")
+    check("epsilon", lambda x: 0 < x < 1, "between 0 and 1, so that the band [1−ε, 1+ε] holds positive ratios")
+    check("num_minibatches", lambda x: 1 <= x <= batch_size / 2, f"at most half of --num-envs × --num-steps = {batch_size}")
+    batch_size *= WORLD_SIZE
+    check("total_timesteps", lambda x: x >= batch_size, f"at least one batch, num_envs × num_steps × processes = {batch_size}")
+    if min(args.actor_hidden_dims + args.critic_hidden_dims, default=1) < 1:
+        sys.exit(f"{SCRIPT}: --actor-hidden-dims and --critic-hidden-dims must be at least 1")
+    if args.activation not in ACTIVATIONS:
+        sys.exit(f"{SCRIPT}: --activation {args.activation} is none of {', '.join(ACTIVATIONS)}")
 
 
-def train(args):
-    """Trains, evaluates, exports and draws the learning curve; returns the run folder."""
-    checkpoint = load_checkpoint(args.resume) if args.resume else None
-    if checkpoint:
-        run_dir, settings, done = Path(args.resume), checkpoint["args"], checkpoint["state"]["step"]
-        if run_dir.is_file():
-            sys.exit(f"{SCRIPT}: --resume {run_dir}: a run goes on from its folder, and the checkpoint.pt in it")
-        total_timesteps = settings.total_timesteps if args.total_timesteps is None else args.total_timesteps
-        if done > total_timesteps:
-            sys.exit(f"{SCRIPT}: {run_dir} is at step {done} already, beyond --total-timesteps {total_timesteps}")
-        args = replace(settings, total_timesteps=total_timesteps, device=args.device or settings.device)
-    args = replace(args, device=args.device or best_device())
-    if WORLD_SIZE > 1:
-        cuda = args.device.startswith("cuda")
-        args = replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device)
-        dist.init_process_group("nccl" if cuda else "gloo")
-    first = RANK == 0  # the process that writes
-    with contextlib.ExitStack() as launched:
-        rl_cfg, make_env = load_task(args, launched)
-        args = stock_settings(rl_cfg, args)
-        check_args(args)
-        envs = make_envs(args, rl_cfg, make_env)
+# What BPO has in place of the tasks' own settings, by a word of the task's name: the authors' changes, and ε 0.3 where they
+# tell none. PPO has the tasks' own.
+PAPER = {
+    "": dict(epsilon=0.3, ent_coef=0.0, vf_coef=1.0, online_adv=True),
+    "AnymalC": dict(epsilon=0.25),
+    "G1": dict(update_epochs=10, epsilon=0.2),
+    "Go1": dict(update_epochs=10, epsilon=0.3, ent_coef=1e-3, online_adv=False),
+    "H1": dict(epsilon=0.2, online_adv=False),
+}
+
+# Fields of Args that a task's rsl_rl configuration sets, and their names there, the same in Isaac Lab and mjlab.
+STOCK = dict(
+    num_steps="num_steps_per_env", num_minibatches="algorithm.num_mini_batches", update_epochs="algorithm.num_learning_epochs",
+    learning_rate="algorithm.learning_rate", desired_kl="algorithm.desired_kl", gamma="algorithm.gamma",
+    gae_lambda="algorithm.lam", epsilon="algorithm.clip_param", clip_vloss="algorithm.use_clipped_value_loss",
+    vf_coef="algorithm.value_loss_coef", ent_coef="algorithm.entropy_coef", max_grad_norm="algorithm.max_grad_norm",
+    norm_obs="actor.obs_normalization", actor_hidden_dims="actor.hidden_dims", critic_hidden_dims="critic.hidden_dims",
+    activation="actor.activation", init_std="actor.distribution_cfg.init_std",
+)  # fmt: skip
+# What the script has where a task may have something else: of other kinds it runs no agent, of the rest it prints a line.
+KINDS = {"actor.class_name": "MLPModel", "critic.class_name": "MLPModel"}
+KINDS["actor.distribution_cfg.class_name"] = "GaussianDistribution"
+OURS = KINDS | {"algorithm.class_name": "PPO", "algorithm.optimizer": "adam", "actor.distribution_cfg.learn_std": True,
+                "actor.distribution_cfg.std_type": "log", "actor.distribution_cfg.std_range": (1e-6, 1e6)}  # fmt: skip
+
+
+def flatten(config, prefix=""):
+    """{"algorithm.gamma": 0.99, …} of an rsl_rl configuration, which is made of objects or dicts."""
+    flat = {}
+    for name, value in (config if isinstance(config, dict) else vars(config)).items():
+        if name in ("algorithm", "actor", "critic", "distribution_cfg") and value is not None:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+def stock_settings(rl_cfg, args):
+    """The fields of Args that are None, from a task's rsl_rl configuration; prints what else this has that we don't follow."""
+    task = flatten(rl_cfg)
+    for kind in (task.get(name) for name in KINDS):
+        if kind not in KINDS.values():
+            sys.exit(f"{SCRIPT}: the agent of {args.task} has a {kind}: this script has an MLP and one σ for all states")
+    ours = OURS | {name.replace("actor.", "critic."): value for name, value in task.items() if name.startswith("actor.")}
+    unread = [name for name in task if "." in name and name not in (*STOCK.values(), "algorithm.schedule")]
+    dropped = [f"{name} {task[name]} (here {ours[name]})" for name in unread if name in ours and task[name] != ours[name]]
+    dropped += [f"{name} {task[name]}" for name in unread if name not in ours and task[name] and "rnn" not in name]
+    if dropped and RANK == 0:
+        print(f"{SCRIPT}: {args.task}'s rsl_rl configuration is not followed in {', '.join(dropped)}")
+    stock = {field: task[name] for field, name in STOCK.items()}
+    stock["total_timesteps"] = rl_cfg.max_iterations * rl_cfg.num_steps_per_env * args.num_envs * WORLD_SIZE
+    if task["algorithm.schedule"] != "adaptive" or stock["desired_kl"] is None:
+        stock["desired_kl"] = 0.0
+    if args.loss == "bpo":
+        for word, row in PAPER.items():
+            stock |= row if word in args.task else {}
+    return replace(args, **{name: value for name, value in stock.items() if getattr(args, name) is None})
+
+
+def best_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_task_name(task, tasks):
+    if task not in tasks:
+        matches = difflib.get_close_matches(task, tasks, cutoff=0.4)
+        sys.exit(f"{SCRIPT}: no task {task!r}. Close: {', '.join(matches) or ', '.join(sorted(tasks)[:5])}")
+
+
+# Settings that flags, or BPO's own in PAPER, would undo.
+FLAGS = {"env.scene.num_envs": "--num-envs", "env.seed": "--seed", "env.sim.device": "--device", "agent.seed": "--seed"}
+FLAGS |= {f"agent.{STOCK[name]}": f"--{name.replace('_', '-')}" for name in ("epsilon", "ent_coef", "vf_coef", "update_epochs")}
+
+
+def find_setting(task, config, override):
+    """The object whose field an override a.b.c=value sets, its name and value; exits with a line if there is none."""
+    if flag := FLAGS.get(override.split("=")[0]):
+        sys.exit(f"{SCRIPT}: {override}: the flag {flag} sets this")
+    path, value = override.split("=")[0].split("."), config
+    try:
+        for name in path:
+            config, value = value, value[name] if isinstance(value, dict) else getattr(value, name)
+    except (AttributeError, KeyError, TypeError):
+        sys.exit(f"{SCRIPT}: {override} is no setting of {task}")
+    return config, path[-1], value
+
+
+def check_type(override, old, new):
+    """Exits with a line where an override puts something else in the place of a number."""
+    if isinstance(old, bool | int | float) and not isinstance(new, bool | int | float):
+        sys.exit(f"{SCRIPT}: {override}: no value for a setting that is {old} now")
+
+
+def load_isaaclab(args, launched):
+    """As `load_task`, of Isaac Lab."""
+    import gymnasium as gym
+    from isaaclab.app import launch_simulation  # before isaaclab_tasks
+
+    importlib.import_module("isaaclab_tasks")  # registers the tasks
+    from isaaclab.envs import DirectMARLEnvCfg
+    from isaaclab_rl.rsl_rl import handle_deprecated_rsl_rl_cfg
+    from isaaclab_tasks.utils import resolve_task_config
+
+    tasks = {name for name in gym.registry if "rsl_rl_cfg_entry_point" in gym.spec(name).kwargs}
+    if args.task.endswith("-v0") and args.task not in tasks:
+        sys.exit(f"{SCRIPT}: Isaac Lab 3.0 has no versions in its ids: --task {args.task.removesuffix('-v0')}")
+    check_task_name(args.task, tasks)
+    presets = [override for override in args.overrides if override.startswith(("presets=", "physics=", "renderer="))]
+    try:
+        env_cfg, rl_cfg = resolve_task_config(args.task, "rsl_rl_cfg_entry_point", overrides=presets)
+        # Isaac Lab would take an override of no setting, or text for a number, without a word.
+        others = [override for override in args.overrides if override not in presets]
+        old = [find_setting(args.task, {"env": env_cfg, "agent": rl_cfg}, override)[-1] for override in others]
+        env_cfg, rl_cfg = resolve_task_config(args.task, "rsl_rl_cfg_entry_point", overrides=list(args.overrides))
+        for override, value in zip(others, old):
+            check_type(override, value, find_setting(args.task, {"env": env_cfg, "agent": rl_cfg}, override)[-1])
+    except (ValueError, TypeError, KeyError) as error:
+        sys.exit(f"{SCRIPT}: {args.task} can't take {' '.join(args.overrides)}: {str(error).splitlines()[0]}")
+    if isinstance(env_cfg, DirectMARLEnvCfg):
+        sys.exit(f"{SCRIPT}: {args.task} has several agents, this script trains one")
+    rl_cfg = handle_deprecated_rsl_rl_cfg(rl_cfg, importlib.metadata.version("rsl-rl-lib"))
+    env_cfg.sim.device, env_cfg.scene.num_envs = args.device, args.num_envs
+    env_cfg.seed, env_cfg.compute_final_obs = args.seed + RANK, True
+
+    def make_env():
         try:
-            if not checkpoint:
-                run_dir = new_run_dir(args) if first else None
-            run_dir = train_in(envs, args, checkpoint, run_dir, first)
-        except OSError as error:  # here, since Isaac Lab prints the trace of all that leaves it
-            sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
-    return run_dir
+            launched.enter_context(launch_simulation(env_cfg, {"visualizer": []}))
+            env = gym.make(args.task, cfg=env_cfg)
+        except FileNotFoundError as error:
+            sys.exit(f"{SCRIPT}: the task's assets can't be read ({error}): without the asset server, set ISAACSIM_ASSET_ROOT "
+                     "to a folder that holds them")  # fmt: skip
+        launched.callback(env.close)
+        return env
+
+    return rl_cfg, make_env
 
 
-def train_in(envs, args, checkpoint, run_dir, first):
-    if first:
-        if not checkpoint:
-            (run_dir / "episodes.csv").write_text(CSV_HEADER)
-        write_config(run_dir, args)
-        print(f"run folder: {run_dir}", flush=True)
-        if args.track:
-            start_wandb(args, run_dir)
+def load_mjlab(args, launched):
+    """As `load_task`, of mjlab."""
+    if args.capture_video:
+        import torch._dynamo  # noqa: F401  Adam needs it, and Triton in it crashes if a renderer's LLVM was loaded before
 
-    state = {"step": 0, "seconds": 0.0, "csv_size": len(CSV_HEADER), "curriculum": 0, "best": -math.inf}
-    state |= checkpoint["state"] if checkpoint else {}
-    batch_size = args.num_envs * args.num_steps * WORLD_SIZE
-    iteration, num_iterations, csv_size = state["step"] // batch_size, args.total_timesteps // batch_size, state["csv_size"]
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(args.seed + 1_000 * iteration + RANK)
-    stopped_by, best = [], state["best"]
+        if not (os.environ.get("DISPLAY") or os.environ.get("MUJOCO_GL")):
+            os.environ["MUJOCO_GL"] = "egl"  # renders without a screen
+    try:
+        importlib.import_module("mjlab.tasks")  # registers the tasks
+    except Exception as error:  # MUJOCO_GL names a renderer that is not installed
+        sys.exit(f"{SCRIPT}: mjlab can't be imported: {one_line(error)}")
+    from mjlab.envs import ManagerBasedRlEnv
+    from mjlab.tasks.registry import list_tasks, load_env_cfg, load_rl_cfg
 
-    def stop(signum, frame):
-        stopped_by.append(signum)  # the iteration ends and is saved
-        signal.signal(signum, signal.SIG_DFL)  # unless the signal comes again
-
-    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    obs, critic_obs = envs.reset(envs.random_start)
-    envs.env.unwrapped.common_step_counter = state["curriculum"]  # curricula go by it; the reset above drew levels at 0
-    agent = Agent(obs.shape[1], critic_obs.shape[1], envs.num_actions, args).to(args.device)
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-    vectors = [flatten_parameters(parameters) for parameters in agent.parameter_groups()]
-    if WORLD_SIZE > 1:
-        for vector in vectors:
-            dist.broadcast(vector.data, 0)
-    learning_rate = torch.tensor(args.learning_rate, device=args.device)
-    optimizer = torch.optim.Adam(vectors, lr=learning_rate, eps=1e-8, fused=True)
-    start_time = time.time() - state["seconds"]
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        optimizer.param_groups[0]["lr"] = learning_rate.copy_(optimizer.param_groups[0]["lr"])
-        if first:
-            print("a simulation can't be saved: new episodes begin")
-            if (before := state["world_size"]) != WORLD_SIZE:
-                print(f"before there were {before} processes, now {WORLD_SIZE}: batches change with them")
-
-    def save(name="checkpoint.pt"):
-        state = {"step": iteration * batch_size, "seconds": time.time() - start_time, "csv_size": csv_size, "best": best,
-                 "curriculum": int(envs.env.unwrapped.common_step_counter), "world_size": WORLD_SIZE}  # fmt: skip
-        save_checkpoint(run_dir, {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "state": state,
-                                  "optimizer": optimizer.state_dict()}, name)  # fmt: skip
-
-    if first and not checkpoint:
-        save()
-    shape = (args.num_steps, args.num_envs)
-    rollout = {"obs": torch.zeros((*shape, critic_obs.shape[1]), device=args.device)}  # the critic's
-    rollout["next_obs"] = torch.zeros_like(rollout["obs"])
-    rollout |= {name: torch.zeros(shape, device=args.device) for name in ("rewards", "terminations", "dones")}
-    steps = {"obs": torch.zeros((*shape, obs.shape[1]), device=args.device)}  # the actor's
-    steps |= {name: torch.zeros((*shape, envs.num_actions), device=args.device) for name in ("actions", "means")}
-    episode_return, episode_length = torch.zeros((2, args.num_envs), device=args.device)
-    writer = SummaryWriter(run_dir, purge_step=iteration * batch_size + 1) if first else None
-    if first:
-        writer.add_text("hyperparameters", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in asdict(args).items()))
-    recent_returns, last = deque(maxlen=20), iteration == num_iterations
-    progress = tqdm(total=num_iterations * batch_size, initial=iteration * batch_size, unit=" steps",
-                    disable=None if first else True)  # fmt: skip
-    next_line = time.time() + 60
-
-    while not last:
-        # Rollout. All stays on the device; what the episodes that end have come to is summed there.
-        ended, metric_sums, metric_counts = torch.zeros(3, device=args.device), Counter(), Counter()
-        with torch.no_grad():
-            std = agent.actor_logstd.exp()
-            for step in range(args.num_steps):
-                means = agent.actor(obs)
-                actions = means + torch.randn_like(means) * std
-                steps["obs"][step], rollout["obs"][step] = obs, critic_obs
-                steps["actions"][step], steps["means"][step] = actions, means
-                obs, critic_obs, final_obs, rewards, terminations, truncations, log = envs.step(actions)
-                dones = terminations | truncations
-                rollout["next_obs"][step], rollout["rewards"][step] = final_obs, rewards
-                rollout["terminations"][step], rollout["dones"][step] = terminations, dones
-                episode_return += rewards
-                episode_length += 1
-                ended += torch.stack((episode_return * dones, episode_length * dones, dones.float())).sum(1)
-                episode_return *= ~dones
-                episode_length *= ~dones
-                for name, value in log.items():
-                    metric_sums[name] = metric_sums[name] + value
-                    metric_counts[name] += 1
-        iteration += 1
-        global_step = iteration * batch_size
-
-        estimate = partial(estimate_returns, agent, rollout, args)
-        batch = {key: tensor.flatten(0, 1) for key, tensor in steps.items()} | estimate()
-        batch["critic_obs"] = rollout["obs"].flatten(0, 1)
-        batch["logprobs"] = log_prob(batch["actions"], batch["means"], agent.actor_logstd.detach())
+    check_task_name(args.task, list_tasks())
+    env_cfg = load_env_cfg(args.task)
+    env_cfg.scene.num_envs, env_cfg.seed = args.num_envs, args.seed + RANK
+    for override in args.overrides:
+        target, name, old = find_setting(args.task, {"env": env_cfg}, override)
+        value = override.split("=", 1)[1]
         try:
-            if not average(steps["obs"].sum() + rollout["obs"].sum()).isfinite():
-                raise FloatingPointError("an observation is not finite")
-            metrics = update(agent, optimizer, batch, args, estimate if args.reevaluate else None)
-            if args.norm_obs:  # after the update, as in rsl_rl: π₀ is one policy in the whole rollout
-                agent.actor.normalize.update(steps["obs"].flatten(0, 1))
-                agent.critic_normalize.update(rollout["obs"].flatten(0, 1))
-        except FloatingPointError as error:
-            message = f"{SCRIPT}: stopped at step {global_step}: {error}. {run_dir} keeps the last good checkpoint"
-            sys.exit(message if first else 1)
+            value = value if isinstance(old, str) else json.loads({"True": "true", "False": "false"}.get(value, value))
+            value = tuple(value) if isinstance(old, tuple) else value
+        except (TypeError, ValueError):
+            sys.exit(f"{SCRIPT}: {override}: no value for a setting that is {old} now")
+        check_type(override, old, value)
+        target.update({name: value}) if isinstance(target, dict) else setattr(target, name, value)
 
-        # Log and save. A full disk costs records, never the training.
-        ended = average(torch.cat((ended, ended.new_tensor([len(stopped_by)])))) * WORLD_SIZE
-        total_return, total_length, episodes, signals = ended.tolist()
-        last = iteration == num_iterations or signals > 0  # all processes stop together
-        if not first:
-            continue
-        steps_per_second = global_step / (time.time() - start_time)
-        charts = {"charts/learning_rate": learning_rate, "charts/SPS": int(steps_per_second)}
-        charts |= {f"losses/{name}": value for name, value in metrics.items()}
-        charts |= {f"task/{name}": float(value) / metric_counts[name] for name, value in metric_sums.items()}
-        rows = []
-        if episodes:
-            recent_returns.append(total_return / episodes)
-            charts |= {"charts/episodic_return": recent_returns[-1], "charts/episodic_length": total_length / episodes}
-            rows = [(global_step, recent_returns[-1], round(total_length / episodes), time.time() - start_time)]
+    def make_env():
+        render_mode = "rgb_array" if args.capture_video else None
         try:
-            if args.eval_every and iteration % args.eval_every == 0:
-                save("candidate.pt")
-                charts["eval/mean_return"] = evaluate_apart(args, run_dir / "candidate.pt")
-                (run_dir / "candidate.pt").unlink()
-                if charts["eval/mean_return"] > best:
-                    best = charts["eval/mean_return"]
-                    save("best.pt")
-            for name, value in charts.items():
-                writer.add_scalar(name, value, global_step)
-            writer.flush()
-        except OSError:  # its thread has ended with it
-            with contextlib.suppress(OSError):
-                writer = SummaryWriter(run_dir)
-        try:
-            csv_size = append_episodes(run_dir / "episodes.csv", csv_size, rows)
-            if last or iteration % args.checkpoint_every == 0:
-                save()
-        except OSError as error:
-            tqdm.write(f"{SCRIPT}: not saved at step {global_step}: {error}", file=sys.stderr)
-        recent = f"{np.mean(recent_returns):.2f}" if recent_returns else "-"
-        progress.set_postfix({"return": recent}, refresh=False)
-        progress.update(batch_size)
-        if progress.disable and time.time() > next_line:
-            next_line = time.time() + 60
-            left = progress.format_interval((num_iterations * batch_size - global_step) / steps_per_second)
-            print(f"step {global_step:,}: return {recent}, {steps_per_second:.0f} steps/s, {left} left", flush=True)
+            env = ManagerBasedRlEnv(cfg=env_cfg, device=args.device, render_mode=render_mode)
+        except FileNotFoundError as error:
+            sys.exit(f"{SCRIPT}: {args.task} needs a file ({error}); the tracking tasks' is given as "
+                     "env.commands.motion.motion_file=FILE")  # fmt: skip
+        launched.callback(env.close)
+        return env
 
-    progress.close()
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-    if not first:
-        return None
-    title = f"{args.task}, {SCRIPT} --loss {args.loss}, seed {args.seed}"
-    if iteration < num_iterations:
-        finish(args, run_dir, writer, title)
-        program = f"torchrun --nproc-per-node {WORLD_SIZE}" if WORLD_SIZE > 1 else "python"
-        print(f"stopped at step {iteration * batch_size}; to go on: {program} {SCRIPT}.py --resume {run_dir}")
-        sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
-    evaluate(agent, envs, args, run_dir)
-    export_policy(agent, run_dir)
-    print(f"for deployment: {run_dir / 'exported'}")
-    finish(args, run_dir, writer, title)
-    return run_dir
+    return load_rl_cfg(args.task), make_env
+
+
+def load_task(args, launched):
+    """A task's rsl_rl configuration, and what makes the environment, which `launched` closes in the end."""
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        sys.exit(f"{SCRIPT}: --device {args.device} is not to be had here: take --device cpu")
+    package = "mjlab" if args.task.startswith("Mjlab-") else "isaaclab"
+    if args.capture_video and package == "isaaclab":
+        sys.exit(f"{SCRIPT}: Isaac Lab can't film without Isaac Sim: leave --capture-video away, or take an Mjlab- task")
+    if importlib.util.find_spec(package) is None:
+        sys.exit(f"{SCRIPT}: {package} is not installed: pip install -r requirements-{package}.txt")
+    return (load_mjlab if package == "mjlab" else load_isaaclab)(args, launched)
+
+
+def make_envs(args, rl_cfg, make_env):
+    """The environments; exits with a line where they can't be made, or memory can't hold what the arguments ask for."""
+    layers = [pair for sizes in (args.actor_hidden_dims, args.critic_hidden_dims) for pair in zip((8, *sizes), sizes)]
+    needed = 16 * sum(a * b for a, b in layers)  # weights, gradients and Adam's moments
+    needed += args.num_envs * (10_000 + 200 * args.num_steps)  # a robot, and a step of it, take more than that
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if args.device.startswith("cuda"):
+        memory = torch.cuda.mem_get_info(args.device)[1]
+    if needed > memory:
+        sys.exit(f"{SCRIPT}: --num-envs (or --eval-episodes), --num-steps, --actor-hidden-dims and --critic-hidden-dims need "
+                 f"at least {needed / 1e9:.0f} GB of memory, {args.device} has {memory / 1e9:.0f}")  # fmt: skip
+    try:
+        return Envs(make_env(), rl_cfg)
+    except Exception as error:  # whatever a task's own code, or a renderer, raises
+        overridden = f" with {' '.join(args.overrides)}" if args.overrides else ""
+        sys.exit(f"{SCRIPT}: {args.task} can't be made{overridden}: {one_line(error)}")
+
+
+# What stands here for the flags of CleanRL that are missing.
+CLEANRL = {
+    "anneal_lr": "the learning rate follows the KL, see --desired-kl",
+    "clip_coef": "--epsilon is the half-width of BPO's band, and PPO's clip",
+    "cuda": "--device says where it runs",
+    "env_id": "the task is --task",
+    "hf_entity": "nothing is uploaded",
+    "norm_adv": "PPO's advantages are normalised; with --no-online-adv BPO's weights are too",
+    "save_model": "each run saves its model; load_agent(run folder) loads it",
+    "target_kl": "all --update-epochs are run; the learning rate follows --desired-kl",
+    "torch_deterministic": "the networks go by --seed; a simulator on a GPU may round differently each time",
+    "upload_model": "nothing is uploaded",
+}
 
 
 def command_line():

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-import signal
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,23 +160,29 @@ def test_a_flag_chooses_the_weights_over_the_authors_row(flags, online, point_ma
     assert json.loads((run_dir / "config.json").read_text())["online_adv"] is online
 
 
+def adam(agent, rate=1e-3):
+    vectors = [torch.nn.Parameter(bpo.parameters_to_vector(group).detach()) for group in agent.parameter_groups()]
+    for vector, group in zip(vectors, agent.parameter_groups()):
+        bpo.vector_to_parameters(vector.data, group)
+    return torch.optim.Adam(vectors, lr=torch.tensor(rate), fused=True)
+
+
 @pytest.mark.parametrize(("loss", "kept"), [("bpo", True), ("ppo", False)])
 def test_bpo_s_fixed_weights_are_the_rollout_s_in_all_epochs(loss, kept, monkeypatch):
     torch.manual_seed(0)
     args = bpo.stock_settings(rl_cfg(), bpo.Args(loss=loss, online_adv=False))
-    agent, weights, losses = bpo.Agent(1, 2, 1, args), [], bpo.minibatch_losses
+    agent, weights, total_loss = bpo.Agent(1, 2, 1, args), [], bpo.total_loss
 
-    def spy(agent, batch, *rest):
+    def spy(agent, args, batch, *rest):
         weights.append(batch["normalized_advantages"])
-        return losses(agent, batch, *rest)
+        return total_loss(agent, args, batch, *rest)
 
-    monkeypatch.setattr(bpo, "minibatch_losses", spy)
+    monkeypatch.setattr(bpo, "total_loss", spy)
     estimate = lambda: {name: torch.randn(64) for name in ("values", "advantages", "returns")}  # noqa: E731
     batch = {"obs": torch.randn(64, 1), "critic_obs": torch.randn(64, 2), "actions": torch.randn(64, 1)} | estimate()
     batch |= {"means": torch.zeros(64, 1), "logprobs": bpo.log_prob(batch["actions"], torch.zeros(64, 1), agent.actor_logstd)}
     batch["logprobs"] = batch["logprobs"].detach()
-    vectors = [bpo.flatten_parameters(parameters) for parameters in agent.parameter_groups()]
-    bpo.update(agent, torch.optim.Adam(vectors, lr=torch.tensor(1e-3), fused=True), dict(batch), args, estimate)
+    bpo.update(agent, adam(agent), dict(batch), args, estimate)
     expected = (batch["advantages"] - batch["advantages"].mean()) / (batch["advantages"].std() + 1e-8)
     epochs = torch.stack([torch.cat(weights[i : i + 4]).sort()[0] for i in range(0, 16, 4)])
     torch.testing.assert_close(epochs[0], expected.sort()[0])
@@ -201,11 +207,11 @@ def test_returns_bootstrap_from_where_each_action_led():
     obs, last_obs = torch.randn(9, 5, 3), torch.randn(8, 5, 3)
     terminations, truncations = (torch.rand(8, 5) < 0.2 for _ in range(2))
     next_obs = torch.where((truncations & ~terminations)[..., None], last_obs, obs[1:])
-    rollout = {"obs": obs[:-1], "next_obs": next_obs, "rewards": torch.randn(8, 5), "terminations": terminations.float()}
+    rollout = {"critic_obs": obs[:-1], "next_obs": next_obs, "rewards": torch.randn(8, 5), "terminations": terminations.float()}
     rollout["dones"] = (terminations | truncations).float()
     estimates = bpo.estimate_returns(agent, rollout, args)
     with torch.no_grad():
-        values, next_values = agent.get_value(rollout["obs"]), agent.get_value(next_obs)
+        values, next_values = agent.get_values(obs[:-1])[0], agent.get_values(next_obs)[0]
     ends = rollout["terminations"], rollout["dones"]
     advantages = bpo.gae(rollout["rewards"], values, next_values, *ends, args.gamma, args.gae_lambda)
     assert (truncations & ~terminations)[:-1].any() and (truncations & ~terminations)[-1].any()
@@ -214,13 +220,16 @@ def test_returns_bootstrap_from_where_each_action_led():
 
 
 @pytest.mark.parametrize(("kl", "factor"), [(0.021, 1 / 1.5), (0.02, 1), (0.005, 1), (0.004, 1.5), (0.0, 1)])
-def test_the_learning_rate_follows_the_kl_within_its_bounds(kl, factor):
-    rate = torch.tensor(1e-3)
-    bpo.adapt_learning_rate(rate, torch.tensor(kl), 0.01)
-    assert rate.item() == pytest.approx(1e-3 * factor)
-    for _ in range(50):
-        bpo.adapt_learning_rate(rate, torch.tensor(1.0), 0.01)
-    assert rate.item() == pytest.approx(1e-5)
+def test_the_learning_rate_follows_the_kl_within_its_bounds(kl, factor, monkeypatch):
+    args = bpo.stock_settings(rl_cfg(), bpo.Args(update_epochs=1, num_minibatches=1))
+    agent, zeros = bpo.Agent(1, 2, 1, args), torch.zeros(64, 1)
+    batch = {"obs": zeros, "critic_obs": torch.randn(64, 2), "actions": torch.randn(64, 1), "means": zeros}
+    batch |= {name: torch.randn(64) for name in ("logprobs", "values", "advantages", "returns")}
+    optimizer = adam(agent)
+    for value, expected in ((kl, 1e-3 * factor), *[(1.0, None)] * 50, (0.0, 1e-5)):
+        monkeypatch.setattr(bpo, "gaussian_kl", lambda *_, value=value: torch.tensor([value]))
+        bpo.update(agent, optimizer, batch, args)
+        assert expected in (None, pytest.approx(optimizer.param_groups[0]["lr"].item()))
 
 
 def test_running_statistics_are_those_of_all_batches_together():
@@ -311,7 +320,7 @@ def test_nan_after_a_termination_reaches_no_return_at_the_end_of_a_rollout_eithe
     next_obs = torch.cat((obs[1:], obs[:1]))
     ends[3, 0] = ends[7, 1] = 1
     next_obs[3, 0] = next_obs[7, 1] = math.nan
-    rollout = {"obs": obs, "next_obs": next_obs, "rewards": torch.randn(8, 5), "terminations": ends, "dones": ends}
+    rollout = {"critic_obs": obs, "next_obs": next_obs, "rewards": torch.randn(8, 5), "terminations": ends, "dones": ends}
     estimates = bpo.estimate_returns(bpo.Agent(2, 3, 1, args), rollout, args)
     assert all(tensor.isfinite().all() for tensor in estimates.values())
 
@@ -367,10 +376,9 @@ def test_a_stopped_run_goes_on_and_says_that_episodes_begin_anew(point_mass, cap
     run_dir = bpo.train(args)
     state = checkpoint(run_dir)
     state["args"]["total_timesteps"] *= 2
-    bpo.save_checkpoint(run_dir, state)
     state["state"]["world_size"] = 2
     state["args"]["device"] = "nowhere"  # it goes on where it was, unless told otherwise
-    bpo.save_checkpoint(run_dir, state)
+    torch.save(state, run_dir / "checkpoint.pt")
     with pytest.raises(RuntimeError, match="nowhere"):
         bpo.train(bpo.Args(resume=str(run_dir)))
     bpo.train(bpo.Args(resume=str(run_dir), device="cpu"))
@@ -450,12 +458,13 @@ def test_networks_without_hidden_layers_or_statistics_are_loaded_too(point_mass)
 
 
 PREAMBLE = f"""
-import os, signal, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch, bpo_isaaclab as bpo, test_isaaclab as stand_in
 bpo.load_task = stand_in.load_point_mass
 """
 
 
+@pytest.mark.slow
 def test_the_best_policy_of_the_evaluations_on_the_way_is_kept(point_mass, tmp_path, monkeypatch, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -524,15 +533,49 @@ def test_config_and_events_tell_versions_commit_and_flags(point_mass):
     assert b"|epsilon|0.3|" in text.tensor_proto.string_val[0]
 
 
-def test_the_curve_is_drawn_after_a_signal_too(point_mass, monkeypatch, capsys):
-    update = bpo.update
-    monkeypatch.setattr(bpo, "update", lambda *args: (os.kill(os.getpid(), signal.SIGINT), update(*args))[1])
-    with pytest.raises(SystemExit):
-        bpo.train(bpo.Args(total_timesteps=256 * 4, **SMALL))
+@pytest.fixture
+def interrupted(point_mass, monkeypatch, capsys):
+    """Folder and output of a run that Ctrl-C stopped in its sixth update; its last checkpoint is of the fourth."""
+    update, calls = bpo.update, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    monkeypatch.setattr(bpo, "update", stopped)
+    with pytest.raises(SystemExit) as stop:
+        bpo.train(bpo.Args(total_timesteps=256 * 8, checkpoint_every=4, device="cpu", **SMALL))
+    assert stop.value.code == 130
     (run_dir,) = Path("runs").iterdir()
-    assert (run_dir / "learning_curve.png").exists() and "stopped at step 256; to go on" in capsys.readouterr().out
+    return run_dir, capsys.readouterr().out
 
 
+def test_the_curve_is_drawn_after_ctrl_c_too(interrupted):
+    run_dir, output = interrupted
+    assert (run_dir / "learning_curve.png").exists()
+    assert f"stopped; to go on from the last checkpoint: python bpo_isaaclab.py --resume {run_dir}\n" in output
+
+
+def test_rows_after_the_checkpoint_are_dropped_and_each_resume_gives_the_same_weights(interrupted):
+    def steps(run_dir):
+        return [int(row.split(",")[0]) for row in (run_dir / "episodes.csv").read_text().splitlines()[1:]]
+
+    run_dir, _ = interrupted
+    assert checkpoint(run_dir)["state"]["step"] == 256 * 4 and steps(run_dir)[-1] == 256 * 5
+    with open(run_dir / "episodes.csv", "a") as file:
+        file.write("1536,-1.")  # a killed run may have cut a row
+    again = run_dir.with_name("again")
+    shutil.copytree(run_dir, again)
+    for folder in (run_dir, again):
+        bpo.train(bpo.Args(resume=str(folder)))
+        assert steps(folder) == sorted(set(steps(folder))) and steps(folder)[-1] == 256 * 8
+    first, second = checkpoint(run_dir)["agent"], checkpoint(again)["agent"]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
 def test_wandb_gets_the_code_and_a_resumed_run_keeps_its_name(tmp_path):
     (tmp_path / "program.py").write_text(PREAMBLE + "bpo.main()")
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
@@ -569,6 +612,7 @@ def run_two_processes(tmp_path, program, port):
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_same_weights_and_see_different_episodes(tmp_path):
     program = """
 agents, agent = [], bpo.Agent
@@ -587,21 +631,22 @@ torch.save(weights | {"own": torch.rand(1)}, f"weights{bpo.RANK}.pt")
     assert first["actor.normalize.count"] == 2 * 32 * 8 * 6
 
 
-def test_a_signal_to_one_process_stops_both_and_the_run_is_saved(tmp_path):
+@pytest.mark.slow
+def test_ctrl_c_in_two_processes_says_how_both_go_on(tmp_path):
     program = """
 calls, update = [], bpo.update
 def interrupted(*args):
     calls.append(args)
-    if len(calls) == 3 and bpo.RANK == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
+    if len(calls) == 3:
+        raise KeyboardInterrupt
     return update(*args)
 bpo.update = interrupted
-bpo.train(bpo.Args(total_timesteps=2 * 32 * 8 * 6, **stand_in.SMALL))
+bpo.train(bpo.Args(total_timesteps=2 * 32 * 8 * 6, checkpoint_every=2, **stand_in.SMALL))
 """
     result = run_two_processes(tmp_path, program, "29518")
     (run_dir,) = (tmp_path / "runs").iterdir()
-    assert f"stopped at step {2 * 32 * 8 * 3}; to go on: torchrun --nproc-per-node 2" in result.stdout, result.stderr
-    assert checkpoint(run_dir)["state"]["step"] == 2 * 32 * 8 * 3
+    assert "to go on from the last checkpoint: torchrun --nproc-per-node 2" in result.stdout, result.stderr
+    assert checkpoint(run_dir)["state"]["step"] == 2 * 32 * 8 * 2
 
 
 def test_a_single_episode_of_any_run_can_be_played(point_mass, monkeypatch, capsys):
@@ -767,6 +812,7 @@ def isaac_assets():
     return {"ISAACSIM_ASSET_ROOT": str(isaaclab_assets_offline.build(folder)), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_missing_assets_are_one_line(isaac_assets, tmp_path):
     command = [sys.executable, str(ROOT / "bpo_isaaclab.py"), "--task", "Isaac-Ant", "--num-envs", "2", "--device", "cpu"]
     environment = os.environ | isaac_assets | {"ISAACSIM_ASSET_ROOT": str(tmp_path / "empty")}
@@ -778,6 +824,7 @@ def score(output):
     return float(output.split("evaluation: ")[1].split()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["bpo", "ppo"])
 def test_isaac_lab_s_cartpole_is_learned(loss, isaac_assets, tmp_path):
     flags = ["--task", "Isaac-Cartpole-Direct", "--num-envs", 256, "--total-timesteps", 256 * 16 * 100, "--loss", loss]
@@ -787,6 +834,7 @@ def test_isaac_lab_s_cartpole_is_learned(loss, isaac_assets, tmp_path):
     assert score(again) > 2.0 and "16 episodes" in again
 
 
+@pytest.mark.slow
 def test_the_peer_trains_on_isaac_lab(isaac_assets, tmp_path):
     flags = ["--num-envs", "32", "--total-timesteps", str(32 * 16 * 20)]
     command = [sys.executable, str(ROOT / "benchmark/peer_rsl_rl.py"), *flags]
@@ -796,6 +844,7 @@ def test_the_peer_trains_on_isaac_lab(isaac_assets, tmp_path):
     assert steps and steps[-1] == 32 * 16 * 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["Isaac-Ant", "Isaac-Humanoid"])
 def test_isaac_lab_s_walkers_train(task, isaac_assets, tmp_path):
     flags = ["--task", task, "--num-envs", 16, "--total-timesteps", 16 * 32 * 3, "env.episode_length_s=1"]
@@ -810,6 +859,7 @@ def test_isaac_lab_s_walkers_train(task, isaac_assets, tmp_path):
     assert {path.name for path in (run_dir / "exported").iterdir()} == {"policy.pt", "policy.onnx"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "num_envs"), [("Mjlab-Cartpole-Balance", 32), ("Mjlab-Velocity-Flat-Unitree-G1", 2)])
 def test_mjlab_trains(task, num_envs, tmp_path):
     if importlib.util.find_spec("mjlab") is None:
@@ -836,6 +886,7 @@ def test_mjlab_s_settings_are_overridden_by_values_of_their_kind(monkeypatch):
     assert cfg.episode_length_s == 3 and cfg.auto_reset is False
 
 
+@pytest.mark.slow
 def test_a_renderer_that_does_not_work_is_one_line_before_there_is_a_run_folder(tmp_path):
     if importlib.util.find_spec("mjlab") is None:
         pytest.skip("mjlab is not installed (pip install -r requirements-mjlab.txt)")
@@ -848,6 +899,7 @@ def test_a_renderer_that_does_not_work_is_one_line_before_there_is_a_run_folder(
         assert "Traceback" not in result.stderr and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_mjlab_is_filmed_without_a_screen(tmp_path):
     if importlib.util.find_spec("mjlab") is None:
         pytest.skip("mjlab is not installed (pip install -r requirements-mjlab.txt)")
