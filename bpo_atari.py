@@ -241,12 +241,15 @@ class AtariEnvs(AtariVectorEnv):
 
     def seeded_reset(self, seeds):
         """Starts all games from these seeds (N,); returns their first observations."""
-        self.seeds, self.actions = seeds, [bytearray() for _ in seeds]
+        self.seeds, self.actions = np.array(seeds), [bytearray() for _ in seeds]
         self.life_lost, self.screens = np.zeros(self.num_envs, bool), np.full(self.num_envs, 4)  # screens seen of this life
-        return self.restart(seeds, np.ones(self.num_envs, bool))
+        return self.restart(self.seeds, np.ones(self.num_envs, bool))
 
     def restart(self, seeds, mask):
         """Starts the games of `mask` (N,) from as many seeds; returns the observations of all."""
+        self.seeds[mask] = seeds
+        for i in np.flatnonzero(mask):
+            self.actions[i].clear()
         obs, infos = self.reset(seed=seeds, options={"reset_mask": mask})
         self.frames, self.lives = infos["episode_frame_number"], infos["lives"]
         self.life_lost &= ~mask
@@ -258,18 +261,6 @@ class AtariEnvs(AtariVectorEnv):
             stack[:-screens] = 0
         return obs
 
-    def play(self, actions):
-        """A step of all games, with an account of games and lives that it ended."""
-        obs, rewards, terminations, truncations, infos = super().step(actions)
-        infos["game_over"] = infos["episode_frame_number"] <= self.frames
-        self.life_lost = (infos["lives"] < self.lives) & ~infos["game_over"]
-        self.frames, self.lives = infos["episode_frame_number"], infos["lives"]
-        self.screens = np.where(self.life_lost, 1, self.screens + 1)
-        if "final_obs" in infos:
-            self.forget_lost_life(infos["final_obs"])
-        terminations |= self.life_lost  # ALE leaves out a life that takes the counter to 0
-        return self.forget_lost_life(obs), rewards, terminations, truncations, infos
-
     def step(self, actions):
         """As gymnasium's; infos["game_over"] (N,) tells the end of a game, by time limit too, from that of a life.
 
@@ -279,28 +270,29 @@ class AtariEnvs(AtariVectorEnv):
         actions = np.where(forced, self.fire or 0, actions)
         for played, action in zip(self.actions, actions.tolist()):
             played.append(action)
-        obs, rewards, terminations, truncations, infos = self.play(actions)
-        infos["forced"] = forced
-        old = infos["game_over"] & (np.array([len(played) for played in self.actions]) > self.reseed_after)
+        obs, rewards, terminations, truncations, infos = super().step(actions)
+        game_over = infos["episode_frame_number"] <= self.frames
+        self.life_lost = (infos["lives"] < self.lives) & ~game_over
+        self.frames, self.lives = infos["episode_frame_number"], infos["lives"]
+        self.screens = np.where(self.life_lost, 1, self.screens + 1)
+        obs = self.forget_lost_life(obs)
+        if "final_obs" in infos:
+            self.forget_lost_life(infos["final_obs"])
+        terminations |= self.life_lost  # ALE leaves out a life that takes the counter to 0
+        old = game_over & (np.array([len(played) for played in self.actions]) > self.reseed_after)
         if old.any():
-            self.seeds[old] += 1000  # far from those of runs with other seeds
-            for i in np.flatnonzero(old):
-                self.actions[i].clear()
-            obs = self.restart(self.seeds[old], old)
-        return obs, rewards, terminations, truncations, infos
+            obs = self.restart(self.seeds[old] + 1000, old)  # far from the seeds of other runs
+        return obs, rewards, terminations, truncations, infos | {"game_over": game_over, "forced": forced}
 
     def replay(self, seeds, actions):
         """Plays each game again from its seed, all ending together; returns the observations they end with."""
-        longest = max(map(len, actions))
-        self.seeded_reset(seeds + self.num_envs)  # those with less to play pass the time with a game of no meaning
-        for step in range(longest + 1):
-            started = np.array([len(played) >= longest - step for played in actions])
-            if (starting := np.array([len(played) == longest - step for played in actions])).any():
-                obs = self.restart(seeds[starting], starting)
-            if step < longest:
-                now = [int(played[step - longest]) if on else 0 for played, on in zip(actions, started)]
-                obs, *_ = self.play(np.array(now))
-        self.seeds, self.actions = seeds, [bytearray(played) for played in actions]
+        lengths = np.array([len(played) for played in actions])
+        obs = self.seeded_reset(seeds)  # those with less to play pass the time with a game of no meaning
+        for left in range(lengths.max(), -1, -1):
+            if (lengths == left).any():
+                obs = self.restart(seeds[lengths == left], lengths == left)
+            if left:
+                obs, *_ = self.step(np.array([played[-left] if len(played) >= left else 0 for played in actions], int))
         return obs
 
 
@@ -493,19 +485,20 @@ def begin(args, total_timesteps=None):
         args = replace(args, device=device or args.device)
         if total_timesteps is not None:
             args = replace(args, total_timesteps=total_timesteps)
+        batch_size = args.num_envs * args.num_steps
+        done = checkpoint["iteration"] * batch_size
+        if done > args.total_timesteps:
+            sys.exit(f"{SCRIPT}: {run_dir} is at step {done} already, beyond --total-timesteps {args.total_timesteps}")
     args = replace(args, device=args.device or best_device())
     check_args(args)
-    batch_size, done = args.num_envs * args.num_steps, checkpoint["iteration"] if checkpoint else 0
-    if done * batch_size > args.total_timesteps:
-        sys.exit(f"{SCRIPT}: {run_dir} is at step {done * batch_size} already, beyond --total-timesteps {args.total_timesteps}")
     try_env(args)
-    if checkpoint and total_timesteps is not None and args.anneal_lr:
-        rate = args.learning_rate * (1 - done / (total_timesteps // batch_size))
-        print(f"the learning rate now falls to 0 at step {total_timesteps:,}; here it is {rate:.3g}")
-    if checkpoint:  # later episodes will be played again
-        rows = (run_dir / "episodes.csv").read_text().splitlines(keepends=True)
-        rows = [row for row in rows if row.startswith("step") or int(row.split(",")[0] or 0) <= done * batch_size]
-        (run_dir / "episodes.csv").write_text("".join(rows))
+    if checkpoint:
+        if total_timesteps is not None and args.anneal_lr:
+            rate = args.learning_rate * (1 - done // batch_size / (total_timesteps // batch_size))
+            print(f"the learning rate now falls to 0 at step {total_timesteps:,}; here it is {rate:.3g}")
+        header, *rows = (run_dir / "episodes.csv").read_text().splitlines(keepends=True)
+        rows = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= done]  # later games are played again
+        (run_dir / "episodes.csv").write_text("".join([header, *rows]))
     else:
         stamp, name = int(time.time()), re.sub("[/:]", "-", f"{args.env_id}__{args.exp_name}__{args.seed}__")
         while (run_dir := Path(f"runs/{name}{stamp}")).exists():
