@@ -116,7 +116,8 @@ def compare_speed(args, env, rl_cfg):
 
     on_step(env, add_step)
     bpo.update, bpo.estimate_returns = timed(bpo.update), timed(bpo.estimate_returns)
-    bpo.evaluate = bpo.export_policy = bpo.plot_learning_curve = bpo.write_config = lambda *_: None
+    bpo.evaluate = bpo.export_policy = bpo.finish = bpo.write_config = lambda *_: None
+    bpo.load_task = lambda *_: (rl_cfg, lambda: env)
     steps = args.num_envs * rl_cfg.num_steps_per_env * args.iterations
     runner = make_runner(env, rl_cfg, args.device)
     runner.alg.update = timed(runner.alg.update)
@@ -131,8 +132,7 @@ def compare_speed(args, env, rl_cfg):
 
     def ours(loss):
         settings = bpo.Args(task=args.task, loss=loss, reevaluate=loss == "bpo", num_envs=args.num_envs, device=args.device)
-        settings = bpo.replace(bpo.stock_settings(rl_cfg, settings), total_timesteps=steps)
-        return bpo.train_in(bpo.Envs(env, rl_cfg), settings, None, bpo.new_run_dir(settings), True)
+        return bpo.train(bpo.replace(settings, total_timesteps=steps))
 
     results = {"bpo": [], "ppo": [], "rsl_rl": []}
     for _ in range(args.rounds + 1):  # the first warms up
@@ -152,6 +152,7 @@ def compare_speed(args, env, rl_cfg):
 if __name__ == "__main__":
     args = tyro.cli(Args)
     torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in Isaac Lab's training script
     with contextlib.ExitStack() as launched:
         rl_cfg, make_env = bpo.load_isaaclab(args, launched)
         (compare_speed if args.speed else train_peer)(args, make_env(), rl_cfg)
