@@ -149,7 +149,7 @@ def median_loss(returns, median_values, temperature):
 
 
 def ppo_loss(ratio, advantages, clip_coef):
-    """−E[min(ρA, clip(ρ, 1−ε, 1+ε)·A)], (B,), (B,) → a scalar (Schulman et al., 2017)."""
+    """Clipped surrogate −E[min(ρA, clip(ρ, 1−ε, 1+ε)A)] (Schulman et al., 2017): (B,), (B,) → a scalar."""
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
 
 

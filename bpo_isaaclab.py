@@ -138,8 +138,7 @@ def median_loss(returns, median_values, temperature):
 
 def ppo_loss(ratio, advantages, clip_coef):
     """Clipped surrogate −E[min(ρA, clip(ρ, 1−ε, 1+ε)A)] (Schulman et al., 2017): (B,), (B,) → a scalar."""
-    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)  # clip(ρ, 1−ε, 1+ε)
-    return -torch.min(ratio * advantages, clipped_ratio * advantages).mean()  # −E[min(ρA, clip(ρ)A)]
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
 
 
 def clipped_value_loss(values, old_values, returns, clip_coef):
@@ -174,7 +173,7 @@ def gaussian_kl(old_means, old_logstd, means, logstd):
     return (logstd - old_logstd + 0.5 * (variances / (2 * logstd).exp() - 1)).sum(-1)  # exactly 0 where they are the same
 
 
-# Networks -------------------------------------------------------------------------------------------------------------
+# Network --------------------------------------------------------------------------------------------------------------
 
 
 def average(tensor):

@@ -788,7 +788,7 @@ def test_resume_and_evaluate_know_which_flags_were_given(tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match="--eval-episodes and --capture-video"):
             main(bpo, monkeypatch, "--evaluate", run_dir, *flags)
     for steps in (256, 0):
-        with pytest.raises(SystemExit, match="already|at least one batch"):
+        with pytest.raises(SystemExit, match=r"already|at least one batch"):
             main(bpo, monkeypatch, "--resume", run_dir, "--total-timesteps", steps)
     with pytest.raises(SystemExit, match="takes a run folder"):
         main(bpo, monkeypatch, "--resume", run_dir / "checkpoint.pt")
