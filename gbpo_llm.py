@@ -14,8 +14,7 @@ Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
     python gbpo_llm.py --model-name Qwen/Qwen2.5-0.5B-Instruct --task gsm8k        the real thing, on a GPU
     python gbpo_llm.py --model-name smollm2 --lora-rank 16 --task reasoning_gym/chain_sum --few-shot 4    a real model, on a CPU
     python gbpo_llm.py --preset paper                  the paper's recipe: TTRL of Qwen2.5-Math-1.5B on AIME, no label is read
-    torchrun --nproc-per-node 8 gbpo_llm.py …          several devices, by accelerate, each with the whole model
-    accelerate launch --num-processes 8 --use-fsdp --fsdp-version 2 gbpo_llm.py …    the model cut among them
+    torchrun --nproc-per-node 8 gbpo_llm.py …          several devices, each with the whole model
     python gbpo_llm.py --resume runs/<run>             goes on with an interrupted run; on CPUs, to the very same weights
 
     model = AutoModelForCausalLM.from_pretrained("runs/<run>/model")        the trained model in Python; so loads best, too
@@ -37,7 +36,6 @@ import pickle
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -60,15 +58,13 @@ import torch.nn.functional as F
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 try:
     import transformers
-    from accelerate import Accelerator, DistributedType
+    from accelerate import Accelerator
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 except ImportError as error:
     sys.exit(f"{Path(__file__).stem}: {error}: pip install -r requirements.txt -r requirements-llm.txt")
@@ -339,25 +335,20 @@ class OutputLayer(nn.Linear):
 
 
 class Policy(nn.Module):
-    """A causal language model as a policy. All that computes goes through `forward`, so that DDP and FSDP see it."""
+    """A causal language model as a policy."""
 
     def __init__(self, model, ends, args):
         super().__init__()
         self.model, self.args = model, args
         if type(model.get_output_embeddings()) is nn.Linear:
             model.get_output_embeddings().__class__ = OutputLayer
-        self._no_split_modules = model._no_split_modules  # the layers that accelerate cuts apart with FSDP
         self.register_buffer("ends", ends, persistent=False)
 
-    def forward(self, method, *args):
-        return getattr(self, method)(*args)
+    def forward(self, rows, with_entropies=False):
+        """log π of the answer tokens of `Rows`, at the sampling temperature, and the entropies of what predicts them.
 
-    def logprobs(self, rows):
-        """log π of the answer tokens of `Rows`, at the sampling temperature: (answers, T), zero where their mask is false."""
-        return self.logprobs_and_entropies(rows, False)[0]
-
-    def logprobs_and_entropies(self, rows, with_entropies):
-        """As `logprobs`, and the entropies of what predicts the tokens, zeros if not asked for: (answers, T) each."""
+        (answers, T) each, zeros where their mask is false; the entropies are all zeros if not asked for.
+        """
         segments = rows.segments
         mask = (segments >= 0).long()
         if segments.max() > 1:
@@ -380,12 +371,6 @@ class Policy(nn.Module):
             entropies = (log_sums - (logits.softmax(-1) * logits).sum(-1))[rows.source]
         padded = torch.zeros(rows.mask.shape, dtype=logprobs.dtype, device=logprobs.device)
         return padded.masked_scatter(rows.mask, logprobs), padded.masked_scatter(rows.mask, entropies)
-
-    @torch.no_grad()
-    def reference_logprobs(self, rows):
-        """As `logprobs`, of the model without its LoRA adapters."""
-        with self.model.disable_adapter():
-            return self.logprobs(rows)
 
     @torch.no_grad()
     def generate(self, prompts, group_size, temperature, generator, top_p=1.0):
@@ -494,25 +479,17 @@ def sampling_generator(device, *key):
 def generate_all(policy, prompts, group_size, temperature, generator, args, top_p=1.0, what=""):
     """`Policy.generate` for any number of questions, those of a length together: the answers in order and the mean entropy.
 
-    FSDP's processes fetch layers from each other all at once, but their answers end at different steps. So each holds all
-    layers meanwhile. With `what` it shows how far it is.
+    With `what` it shows how far it is.
     """
-    layers = [module for module in policy.modules() if isinstance(module, FSDPModule) and module is not policy]
-    for module in layers:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
     answers, entropies = [None] * (len(prompts) * group_size), []
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     at_a_time = max(1, args.answers_at_a_time // group_size)
     for start in counted(range(0, len(order), at_a_time), what, bool(what)):
         chunk = order[start : start + at_a_time]
-        generated, entropy = policy("generate", [prompts[i] for i in chunk], group_size, temperature, generator, top_p)
+        generated, entropy = policy.generate([prompts[i] for i in chunk], group_size, temperature, generator, top_p)
         for k, i in enumerate(chunk):
             answers[i * group_size : (i + 1) * group_size] = generated[k * group_size : (k + 1) * group_size]
         entropies += [entropy] * len(chunk)
-    for module in layers:
-        module.set_reshard_after_forward(True, recurse=False)
-        module.reshard()
     return answers, float(np.mean(entropies))
 
 
@@ -522,20 +499,21 @@ def decode(tokenizer, tokens, args):
     return text.split("\n")[0] if args.few_shot else text
 
 
-def microbatch_terms(policy, rows, batch, args):
-    """Policy loss, KL to the first model and entropy on some rows of `update`'s batch: (3,); and log-ratios, (answers, T)."""
-    logprobs, entropies = policy("logprobs_and_entropies", rows, args.ent_coef > 0)
+def total_loss(policy, rows, batch, args):
+    """The loss on some rows of `update`'s batch, its terms (3,) (policy loss, KL, entropy), and log-ratios (answers, T)."""
+    logprobs, entropies = policy(rows, args.ent_coef > 0)
     if rows.old_logprobs is None:  # before the first step π is π₀ to the last digit
         rows.old_logprobs = logprobs.detach()
-    advantages, level = batch["advantages"][rows.answers], args.ratio_level
+    old_logprobs, mask, level = rows.old_logprobs, rows.mask, args.ratio_level
+    advantages, targets = batch["advantages"][rows.answers], batch["target_ratios"][rows.answers]
     if args.loss == "gbpo":
-        targets = batch["target_ratios"][rows.answers]
-        loss = gbpo_loss(logprobs, rows.old_logprobs, advantages, targets, rows.mask, level)
+        policy_loss = gbpo_loss(logprobs, old_logprobs, advantages, targets, mask, level)
     else:
-        loss = grpo_loss(logprobs, rows.old_logprobs, advantages, rows.mask, args.epsilon_low, args.epsilon_high, level)
-    kl = kl_loss(logprobs, rows.reference_logprobs, rows.mask, level) if args.kl_coef else torch.zeros_like(loss)
-    entropy = masked_mean(entropies, rows.mask, level)
-    return torch.stack((loss, kl, entropy)), log_ratio(logprobs.detach(), rows.old_logprobs, rows.mask, level)
+        policy_loss = grpo_loss(logprobs, old_logprobs, advantages, mask, args.epsilon_low, args.epsilon_high, level)
+    kl = kl_loss(logprobs, rows.reference_logprobs, mask, level) if args.kl_coef else torch.zeros_like(policy_loss)
+    entropy = masked_mean(entropies, mask, level)
+    loss = policy_loss + args.kl_coef * kl - args.ent_coef * entropy
+    return loss, torch.stack((policy_loss, kl, entropy)).detach(), log_ratio(logprobs.detach(), old_logprobs, mask, level)
 
 
 def ratio_sums(logratio, target_ratios, args):
@@ -576,19 +554,18 @@ def update(policy, reference, optimizer, prompts, answers, batch, args, accelera
                 if args.kl_coef:
                     rows.reference_logprobs = reference(rows)
                 if k > 0:  # the first minibatch's are those of its own first pass
-                    rows.old_logprobs = policy("logprobs", rows)
+                    rows.old_logprobs, _ = policy(rows)
     for _ in range(args.update_epochs):
         sums, terms_sum = torch.zeros(4, device=device), torch.zeros(3, device=device)
         for minibatch in minibatches:
             for i, (rows, share) in enumerate(minibatch):
                 with contextlib.nullcontext() if i == len(minibatch) - 1 else accelerator.no_sync(policy):
-                    terms, logratio = microbatch_terms(policy, rows, batch, args)
-                    policy_loss, kl, entropy = share * terms  # processes' gradients are averaged
-                    accelerator.backward(policy_loss + args.kl_coef * kl - args.ent_coef * entropy)
+                    loss, terms, logratio = total_loss(policy, rows, batch, args)
+                    accelerator.backward(share * loss)  # processes' gradients are averaged
                 if share:
                     targets = batch["target_ratios"][rows.answers][:, None].expand(rows.mask.shape)
                     sums += ratio_sums(logratio[rows.mask], targets[rows.mask], args)
-                terms_sum += share * terms.detach()
+                terms_sum += share * terms
             if not math.isfinite(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)):
                 raise FloatingPointError("the gradient is not finite")
             optimizer.step()
@@ -622,7 +599,7 @@ def train(args, total_batches=None):
     shots, task.train, task.test = task.train[: args.few_shot], task.train[args.few_shot :], task.test[: args.eval_prompts]
     train_prompts, test_prompts = (tokenize_prompts(e, shots, policy.model, tokenizer, args) for e in (task.train, task.test))
     check_model(policy, train_prompts, args)
-    first_model = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef and not args.lora_rank else None
+    reference_model = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef and not args.lora_rank else None
     own_policy = policy  # as it is without DDP
     optimizer = torch.optim.AdamW(trained_parameters(policy).values(), lr=args.learning_rate, weight_decay=args.weight_decay)
     policy, optimizer = accelerator.prepare(policy, optimizer)
@@ -630,17 +607,15 @@ def train(args, total_batches=None):
         restore(tensors, own_policy, optimizer)
 
     def reference(rows):
-        if not first_model:
-            return policy("reference_logprobs", rows)
+        if not reference_model:
+            with own_policy.model.disable_adapter():
+                return own_policy(rows)[0]
         with accelerator.autocast():  # which the policy brings along
-            return first_model("logprobs", rows)
+            return reference_model(rows)[0]
 
     if not state:
-        state = {"processes": world, "batch": 0, "seconds": 0.0, "csv_size": 0, "evaluations": {}}
-        if main_process:
-            run_dir = new_run_dir(args)
-            (run_dir / "episodes.csv").write_text("step,return,length,wall_time\n")
-            state["csv_size"] = (run_dir / "episodes.csv").stat().st_size
+        state = {"processes": world, "batch": 0, "seconds": 0.0, "evaluations": {}}
+        run_dir = new_run_dir(args) if main_process else None
     state["args"] = asdict(args)
     start_time = time.time() - state["seconds"]
     if main_process:
@@ -657,158 +632,140 @@ def train(args, total_batches=None):
         writer = SummaryWriter(run_dir, purge_step=state["batch"] + 1)
         table = "|flag|value|\n|-|-|\n" + "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
         writer.add_text("hyperparameters", table)
-    stopped_by, saved_time = [], time.time()
-
-    def stop(signum, frame):
-        stopped_by.append(signum)  # the batch ends and is saved
-        signal.signal(signum, signal.SIG_DFL)  # unless the signal comes again
-
-    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+        episodes = run_dir / "episodes.csv"
+        if state["batch"]:  # a row for each batch: those after the checkpoint are dropped
+            kept = episodes.read_text().splitlines(keepends=True)[: state["batch"] + 1]
+            os.truncate(episodes, len("".join(kept)))
+        else:
+            episodes.write_text("step,return,length,wall_time\n")
+    saved_time = time.time()
 
     def save():
         nonlocal saved_time
         saved_time = time.time()
         state["seconds"] = saved_time - start_time
-        save_checkpoint(run_dir, state, own_policy, optimizer, main_process)
-
-    @contextlib.contextmanager
-    def disk_errors_shown():
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            tqdm.write(f"{SCRIPT}: not saved at batch {state['batch']}: {error}", file=sys.stderr)
+        if main_process:
+            save_checkpoint(run_dir, state, own_policy, optimizer)
 
     def evaluate_now():
-        evaluation = evaluate(policy, tokenizer, task, test_prompts, args, accelerator)
+        with accelerator.autocast():
+            evaluation = evaluate(own_policy, tokenizer, task, test_prompts, args, accelerator)
         best = max((earlier["pass@1"] for earlier in state["evaluations"].values()), default=-math.inf)
-        if args.eval_every and evaluation["pass@1"] > best:
-            with disk_errors_shown():
-                save_model(run_dir / "best", own_policy, tokenizer, main_process)
         state["evaluations"][str(state["batch"])] = evaluation
         if main_process:
+            if args.eval_every and evaluation["pass@1"] > best:
+                save_model(run_dir / "best", own_policy, tokenizer)
             with tqdm.external_write_mode():
                 print(f"test, batch {state['batch']}: {describe(evaluation, args)}", flush=True)
-            with contextlib.suppress(OSError):
-                for name, value in evaluation.items():
-                    writer.add_scalar(f"eval/{name}", value, state["batch"])
+            for name, value in evaluation.items():
+                writer.add_scalar(f"eval/{name}", value, state["batch"])
 
-    if not state["evaluations"]:
-        save()
-        evaluate_now()
-        save()
     progress = tqdm(total=args.total_batches, initial=state["batch"], disable=None if main_process else True,
                     bar_format="{n}/{total}, {remaining} left{postfix}")  # fmt: skip
-    rows, group_size, stopping, collapsed, next_line = [], args.group_size, False, False, time.time() + 60
-    sampled = max(group_size, args.vote_size or 0) if args.reward == "majority" else group_size  # answers to a question
-    while state["batch"] < args.total_batches and not stopping:
-        # Answers. Each process has its share of the questions, and its own random numbers.
-        batch_time = time.time()
-        optimizer.param_groups[0]["lr"] = learning_rate(state["batch"], args)
-        questions = batch_questions(len(task.train), state["batch"], args)[rank::world]
-        prompts = [train_prompts[i] for i in questions]
-        generator = sampling_generator(device, args.seed, 0, state["batch"], rank)
-        answers, entropy = generate_all(policy, prompts, sampled, args.sampling_temperature, generator, args)
-        texts = [decode(tokenizer, answer, args) for answer in answers]
-        groups = [texts[k * sampled : (k + 1) * sampled] for k in range(len(questions))]
-        PROBLEMS.clear()
-        rewards = [group_rewards(group, task.train[i], task, args)[:group_size] for group, i in zip(groups, questions)]
-        rewards = [finite_rewards(group) for group in rewards]
-        rewards = torch.tensor(rewards, dtype=torch.float32)
-        lengths = torch.tensor([len(answer) for answer in answers], dtype=torch.float32)
-        different = {extract_answer(text, args.require_box) or text for text in texts}
-        if args.reward == "majority" and len(questions) > 1 and not collapsed and len(different) == 1:
-            collapsed = True
-            message = f"all answers to all questions are {texts[0][:40]!r}: the vote has collapsed and teaches nothing more"
-            tqdm.write(f"{SCRIPT}: batch {state['batch'] + 1}: {message} (docs/llm.md)", file=sys.stderr)
+    group_size, collapsed, next_line, resumable = args.group_size, False, time.time() + 60, False
+    num_samples = max(group_size, args.vote_size or 0) if args.reward == "majority" else group_size  # to a prompt
+    try:
+        if not state["evaluations"]:
+            save()
+            evaluate_now()
+            save()
+        while state["batch"] < args.total_batches:
+            # Rollout. Each process has its share of the prompts, and its own random numbers.
+            resumable, batch_time = True, time.time()
+            optimizer.param_groups[0]["lr"] = learning_rate(state["batch"], args)
+            chosen = batch_questions(len(task.train), state["batch"], args)[rank::world]
+            prompts = [train_prompts[i] for i in chosen]
+            generator = sampling_generator(device, args.seed, 0, state["batch"], rank)
+            with accelerator.autocast():
+                given = prompts, num_samples, args.sampling_temperature, generator, args
+                completions, entropy = generate_all(own_policy, *given)
+            texts = [decode(tokenizer, completion, args) for completion in completions]
+            groups = [texts[k * num_samples : (k + 1) * num_samples] for k in range(len(chosen))]
 
-        # Groups whose rewards are equal have no advantage: they feel KL and entropy alone.
-        answers = [answer for k, answer in enumerate(answers) if k % sampled < group_size]
-        signal_groups = rewards.amax(1) > rewards.amin(1)
-        learned = (signal_groups | bool(args.kl_coef or args.ent_coef)).nonzero()
-        targets = group_target_ratios(rewards, args.epsilon_low, args.epsilon_high, args.target_temperature, args.threshold)
-        batch = {"advantages": group_advantages(rewards).flatten(), "target_ratios": targets.flatten()}
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        batch["groups"] = learned * group_size + torch.arange(group_size)
-        try:
-            shuffle = sampling_generator("cpu", args.seed, 2, state["batch"], rank)
-            metrics = update(policy, reference, optimizer, prompts, answers, batch, args, accelerator, shuffle)
-        except FloatingPointError as error:
-            message = f"{SCRIPT}: stopped at batch {state['batch'] + 1}: {error}. {run_dir} keeps the last good checkpoint"
-            sys.exit(message if main_process else 1)
-        state["batch"] += 1
+            # Rewards and group statistics. Groups of equal rewards have no advantage: they feel KL and entropy alone.
+            PROBLEMS.clear()
+            rewards = [group_rewards(group, task.train[i], task, args)[:group_size] for group, i in zip(groups, chosen)]
+            rewards = torch.tensor([finite_rewards(group) for group in rewards], dtype=torch.float32)
+            lengths = torch.tensor([len(completion) for completion in completions], dtype=torch.float32)
+            different = {extract_answer(text, args.require_box) or text for text in texts}
+            if args.reward == "majority" and len(chosen) > 1 and not collapsed and len(different) == 1:
+                collapsed = True
+                message = f"all answers to all questions are {texts[0][:40]!r}: the vote has collapsed and teaches nothing more"
+                tqdm.write(f"{SCRIPT}: batch {state['batch'] + 1}: {message} (docs/llm.md)", file=sys.stderr)
+            completions = [completion for k, completion in enumerate(completions) if k % num_samples < group_size]
+            signal_groups = rewards.amax(1) > rewards.amin(1)
+            learned = (signal_groups | bool(args.kl_coef or args.ent_coef)).nonzero()
+            targets = group_target_ratios(rewards, args.epsilon_low, args.epsilon_high, args.target_temperature, args.threshold)
+            batch = {"advantages": group_advantages(rewards).flatten(), "target_ratios": targets.flatten()}
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            batch["groups"] = learned * group_size + torch.arange(group_size)
 
-        # Log and save. A full disk costs records, never the training.
-        seconds = time.time() - batch_time
-        overdue = main_process and time.time() + seconds - saved_time > 300  # it would be after one more batch
-        problems = PROBLEMS["scorer_failures"], PROBLEMS["bad_rewards"]
-        seen = (rewards.sum(), lengths.sum(), signal_groups.sum(), entropy, *problems, len(stopped_by), overdue)
-        seen = torch.tensor([*map(float, seen)], device=device)
-        reward, tokens, with_signal, entropy, failures, bad, stopping, overdue = accelerator.reduce(seen).tolist()
-        charts = {"reward": reward / (args.num_prompts * group_size), "answer_length": tokens / (args.num_prompts * sampled),
-                  "entropy": entropy / world, "groups_with_signal": with_signal / args.num_prompts,
-                  "scorer_failures": failures, "bad_rewards": bad,
-                  "learning_rate": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds}  # fmt: skip
-        rows.append((state["batch"], charts["reward"], f"{charts['answer_length']:.1f}", time.time() - start_time))
-        if main_process:
+            # Update.
+            resumable, shuffle = False, sampling_generator("cpu", args.seed, 2, state["batch"], rank)
             try:
+                metrics = update(policy, reference, optimizer, prompts, completions, batch, args, accelerator, shuffle)
+            except FloatingPointError as error:
+                message = f"{SCRIPT}: stopped at batch {state['batch'] + 1}: {error}. {run_dir} keeps the last good checkpoint"
+                sys.exit(message if main_process else 1)
+            state["batch"] += 1
+
+            # Log and save.
+            seconds = time.time() - batch_time
+            seen = (rewards.sum(), lengths.sum(), signal_groups.sum(), entropy)
+            seen = (*seen, PROBLEMS["scorer_failures"], PROBLEMS["bad_rewards"])
+            seen = torch.tensor([*map(float, seen)], device=device)
+            reward, tokens, with_signal, entropy, failures, bad = accelerator.reduce(seen).tolist()
+            length = tokens / (args.num_prompts * num_samples)
+            charts = {"reward": reward / (args.num_prompts * group_size), "answer_length": length, "entropy": entropy / world,
+                      "groups_with_signal": with_signal / args.num_prompts, "scorer_failures": failures, "bad_rewards": bad,
+                      "learning_rate": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds}  # fmt: skip
+            if main_process:
+                with open(episodes, "a") as file:
+                    file.write(f"{state['batch']},{charts['reward']},{length:.1f},{time.time() - start_time:.1f}\n")
                 for name, value in charts.items():
                     writer.add_scalar(f"charts/{name}", value, state["batch"])
                 for name, value in metrics.items():
                     writer.add_scalar(f"losses/{name}", value, state["batch"])
                 writer.flush()
-            except OSError:  # its thread has ended with it
-                with contextlib.suppress(OSError):
-                    writer = SummaryWriter(run_dir)
-            if (state["batch"] - 1) % args.sample_every == 0:
-                shown = f"{tokenizer.decode(prompts[0])[-300:]!r} → {texts[0][:300]!r}"
-                tqdm.write(f"batch {state['batch']}: {shown}, reward {rewards[0, 0]:.2f}")
-            with disk_errors_shown():
-                state["csv_size"] = append_episodes(run_dir / "episodes.csv", state["csv_size"], rows)
-                rows.clear()
-        if args.eval_every and state["batch"] % args.eval_every == 0:
-            evaluate_now()
-        if state["batch"] % args.checkpoint_every == 0 or state["batch"] == args.total_batches or stopping or overdue:
-            with disk_errors_shown():
+                if (state["batch"] - 1) % args.sample_every == 0:
+                    shown = f"{tokenizer.decode(prompts[0])[-300:]!r} → {texts[0][:300]!r}"
+                    tqdm.write(f"batch {state['batch']}: {shown}, reward {rewards[0, 0]:.2f}")
+            if args.eval_every and state["batch"] % args.eval_every == 0:
+                evaluate_now()
+            overdue = time.time() + seconds - saved_time > 300  # it would be after one more batch
+            if state["batch"] % args.checkpoint_every == 0 or state["batch"] == args.total_batches or overdue:
                 save()
-        shown = {"reward": f"{charts['reward']:.2f}", "signal": f"{charts['groups_with_signal']:.0%}",
-                 "outside": f"{metrics['clipfrac']:.0%}", "entropy": f"{charts['entropy']:.2f}"}  # fmt: skip
-        progress.set_postfix(shown, refresh=False)
-        progress.update()
-        if main_process and progress.disable and time.time() > next_line:
-            next_line = time.time() + 60
-            left = (time.time() - start_time) / state["batch"] * (args.total_batches - state["batch"])
-            print(f"batch {state['batch']} of {args.total_batches}: reward {charts['reward']:.2f}, "
-                  f"{charts['tokens_per_second']:.0f} tokens/s, {tqdm.format_interval(left)} left", flush=True)  # fmt: skip
-
-    progress.close()
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-    if not stopping:
+            shown = {"reward": f"{charts['reward']:.2f}", "signal": f"{charts['groups_with_signal']:.0%}",
+                     "outside": f"{metrics['clipfrac']:.0%}", "entropy": f"{charts['entropy']:.2f}"}  # fmt: skip
+            progress.set_postfix(shown, refresh=False)
+            progress.update()
+            if main_process and progress.disable and time.time() > next_line:
+                next_line = time.time() + 60
+                left = (time.time() - start_time) / state["batch"] * (args.total_batches - state["batch"])
+                print(f"batch {state['batch']} of {args.total_batches}: reward {charts['reward']:.2f}, "
+                      f"{charts['tokens_per_second']:.0f} tokens/s, {tqdm.format_interval(left)} left", flush=True)  # fmt: skip
         if str(args.total_batches) not in state["evaluations"]:
             evaluate_now()
-        save()
-        save_model(run_dir / "model", own_policy, tokenizer, main_process)
-    if main_process:
-        with contextlib.suppress(OSError):
-            writer.close()
-        evaluations = {int(step): evaluation for step, evaluation in state["evaluations"].items()}
-        plot_learning_curve(run_dir, evaluations, f"{args.task}, {args.model_name}, --loss {args.loss}, seed {args.seed}")
-        print(f"learning curve: {run_dir / 'learning_curve.png'}")
-        if args.eval_every:
-            step = max(evaluations, key=lambda step: (evaluations[step]["pass@1"], -step))
-            print(f"best model, that of batch {step}: {run_dir / 'best'}")
-        if args.track:
-            import wandb
+            save()
+        finished = True
+    except KeyboardInterrupt:
+        finished = False
+        if resumable:  # the weights are those of the last whole batch
+            save()
 
-            wandb.finish()
-    if stopping:
-        if main_process:
-            program = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
-            print(f"stopped after batch {state['batch']}; to go on: {program} {SCRIPT}.py --resume {run_dir}")
-        accelerator.wait_for_everyone()  # torchrun ends all when one has ended
-        sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
+    progress.close()
     if main_process:
-        print(f"model: {run_dir / 'model'}")
+        writer.close()
+        if finished:
+            save_model(run_dir / "model", own_policy, tokenizer)
+        finish(args, run_dir, state)
+        if finished:
+            print(f"model: {run_dir / 'model'}")
+        else:
+            program = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
+            print(f"stopped; to go on from the last checkpoint: {program} {SCRIPT}.py --resume {run_dir}")
+    if not finished:
+        sys.exit(130)
     return run_dir
 
 
@@ -914,7 +871,7 @@ def check_model(policy, prompts, args):
 
     def logprobs(prompts, answers, group_size, rows):
         packed = pack(prompts, answers, group_size, rows, device)
-        return probe.logprobs(packed)[packed.mask]
+        return probe(packed)[0][packed.mask]
 
     try:
         with model.register_forward_hook(lambda module, inputs, output: seen.append(output.logits[:, -1])):
@@ -959,14 +916,9 @@ def prepare(args):
     """Accelerator, task, tokenizer and policy of a run."""
     check_args(args)
     cuda = torch.cuda.is_available()
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all processes use the model before it is cut
-    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        sys.exit(f"{SCRIPT}: FSDP is not supported: without --use-fsdp each device has the whole model (try --lora-rank 16)")
     accelerator, task = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no"), load_task(args)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2:
-            sys.exit(f"{SCRIPT}: of accelerate's two kinds of FSDP this is for the second: fsdp_version: 2 in its config file")
-        dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else {}  # the output layer too
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(**dtypes)
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args, task)
     ends = end_tokens(model, tokenizer, args)
@@ -1536,40 +1488,14 @@ def trained_parameters(policy):
     return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
-def whole(tensors, main_process):
-    """{name: tensor} on the main process's CPU, others get {}. All take part, as FSDP has cut tensors among them."""
-    result = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if main_process:
-            result[name] = tensor.detach().cpu().contiguous()
-    return result
-
-
-def as_parameter(tensor, parameter):
-    """A whole tensor on the device of the parameter, and cut as FSDP has cut that."""
-    tensor = tensor.to(parameter.device, parameter.dtype)
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else tensor
-
-
-def save_checkpoint(run_dir, state, policy, optimizer, main_process):
+def save_checkpoint(run_dir, state, policy, optimizer):
     """Replaces checkpoint.safetensors in one step: trained weights, Adam's moments, and `state`, plain data, as metadata."""
     tensors, temporary = {}, run_dir / "checkpoint.tmp"
     for name, parameter in trained_parameters(policy).items():
         moments = optimizer.state.get(parameter, {})
         tensors |= {f"model.{name}": parameter} | {f"optimizer.{name}.{key}": value for key, value in moments.items()}
-    tensors = whole(tensors, main_process)
-    if not main_process:
-        return
-    try:
-        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
-        for path in (run_dir / "episodes.csv", temporary):  # the state tells how much of the first to keep
-            with open(path, "r+b") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, run_dir / "checkpoint.safetensors")
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error) from error
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"state": json.dumps(state)})
+    os.replace(temporary, run_dir / "checkpoint.safetensors")
 
 
 def load_checkpoint(run_dir):
@@ -1586,51 +1512,35 @@ def load_checkpoint(run_dir):
         sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
 
 
-def save_model(folder, policy, tokenizer, main_process):
+def save_model(folder, policy, tokenizer):
     """Replaces a folder by one with the model, or its adapters, and the tokenizer, for `from_pretrained`."""
-    model, weights, temporary = policy.model, None, folder.with_suffix(".tmp")
-    if isinstance(policy, FSDPModule):
-        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights have one
-        weights = whole({name: tensor for name, tensor in model.state_dict().items() if name in names}, main_process)
-    if main_process:
-        model.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+    temporary = folder.with_suffix(".tmp")
+    policy.model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
 
 
 @torch.no_grad()
 def restore(tensors, policy, optimizer=None):
     """Puts the tensors of a checkpoint into the policy, and into the optimizer if there is one."""
     for name, parameter in trained_parameters(policy).items():
-        parameter.copy_(as_parameter(tensors[f"model.{name}"], parameter))
+        parameter.copy_(tensors[f"model.{name}"])
         prefix = f"optimizer.{name}."
         moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if optimizer and moments:
-            optimizer.state[parameter] = {k: v if k == "step" else as_parameter(v, parameter) for k, v in moments.items()}
-
-
-def append_episodes(path, size, rows):
-    """Appends to the first `size` bytes of episodes.csv, cutting what an interrupted run left there; returns the new size."""
-    text = "".join(f"{step},{float(score)},{length},{seconds:.1f}\n" for step, score, length, seconds in rows)
-    with open(path, "r+b") as file:
-        file.truncate(size)
-        file.seek(size)
-        file.write(text.encode())
-    return size + len(text)
+            optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()}
 
 
 def plot_learning_curve(run_dir, evaluations, title):
     """Draws learning_curve.png: every batch's mean reward, the mean of the last 10, and the evaluations before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
     steps, rewards = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
     smooth = [rewards[max(0, i - 9) : i + 1].mean() for i in range(len(rewards))]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(steps, rewards, ".", alpha=0.4, color="tab:blue", label="a batch, sampled answers")
     axes.plot(steps, smooth, color="tab:blue", label="mean of the last 10 batches")
     for name, label, color in (("pass@1", "greedy", "tab:orange"), ("mean", "sampled", "tab:green")):
@@ -1642,7 +1552,20 @@ def plot_learning_curve(run_dir, evaluations, title):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(run_dir / "learning_curve.png", dpi=120)
-    plt.close(figure)
+
+
+def finish(args, run_dir, state):
+    """Draws the learning curve and says where it and the best model are."""
+    evaluations = {int(step): evaluation for step, evaluation in state["evaluations"].items()}
+    plot_learning_curve(run_dir, evaluations, f"{args.task}, {args.model_name}, --loss {args.loss}, seed {args.seed}")
+    print(f"learning curve: {run_dir / 'learning_curve.png'}")
+    if args.eval_every and evaluations:
+        step = max(evaluations, key=lambda step: (evaluations[step]["pass@1"], -step))
+        print(f"best model, that of batch {step}: {run_dir / 'best'}")
+    if args.track:
+        import wandb
+
+        wandb.finish()
 
 
 def counted(items, what, show):
@@ -1773,12 +1696,14 @@ def main():
             evaluate_run(args.evaluate, args.eval_prompts, args.eval_samples)
         else:
             train(args, **({"total_batches": args.total_batches} if args.resume and "total_batches" in given else {}))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             sys.exit(f"{SCRIPT}: out of memory: lower --tokens-per-microbatch (learning), --answers-at-a-time (sampling) or "
                      "--max-new-tokens, or try --lora-rank 16 or --gradient-checkpointing")  # fmt: skip
         raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # such as a full disk
         sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
 
 
