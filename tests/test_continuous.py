@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -302,11 +303,14 @@ def test_a_killed_run_resumes_to_the_same_weights_and_episodes(script, more, tmp
     assert episodes(finished) == episodes(killed) and len(episodes(killed)) > 20
 
 
+@pytest.mark.slow
 def test_ctrl_c_draws_the_curve_and_asynchronous_environments_resume_too(tmp_path):
     flags = [*FLAGS, "--env-id", "Hopper-v4", "--num-envs", 2, "--async-envs", "--total-timesteps", 512 * 40]
     flags += ["--checkpoint-every", 1]
     assert run(tmp_path, "bpo_continuous.py", *flags).returncode == 0
-    process = subprocess.Popen(command("bpo_continuous.py", *flags), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs do not
+    process = subprocess.Popen(command("bpo_continuous.py", *flags), cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                               preexec_fn=heed)  # fmt: skip
     stopped = tmp_path / process.stdout.readline().split()[-1]
     while not (stopped / "checkpoint.pt").exists() or checkpoint(stopped)["iteration"] < 2:
         time.sleep(0.01)
@@ -347,6 +351,7 @@ def test_same_seed_same_weights_and_another_seed_others(tmp_path, monkeypatch):
     assert not torch.equal(checkpoint(runs[0])["agent"]["critic.0.weight"], checkpoint(runs[2])["agent"]["critic.0.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["bpo_continuous.py", "ppo_baseline.py"])
 def test_it_learns_to_balance_a_pole(script, tmp_path):
     flags = ["--env-id", "InvertedPendulum-v5", "--total-timesteps", 24576, "--num-steps", 2048, "--num-minibatches", 16]
@@ -376,6 +381,7 @@ def test_a_run_leaves_what_the_readme_lists(tmp_path):
     assert result.returncode == 0 and "mean ± std of 2 episodes" in result.stdout
 
 
+@pytest.mark.slow
 def test_wandb_works_without_an_account(tmp_path):
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     flags = [*FLAGS, "--env-id", "Pendulum-v1", "--total-timesteps", 256, "--track"]
@@ -433,7 +439,7 @@ def test_an_observation_that_is_not_finite_reaches_no_checkpoint(iteration, tmp_
 
 
 def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    """The critic's after an update's last step: no loss has seen it, nor does a ratio."""
+    """The critic's, after an update's last step, which no loss has seen."""
     monkeypatch.chdir(tmp_path)
     step, calls = torch.optim.Adam.step, []
 
@@ -444,7 +450,7 @@ def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
             self.param_groups[0]["params"][0].data[-1] = np.nan
 
     monkeypatch.setattr(torch.optim.Adam, "step", poisoned_step)
-    with pytest.raises(SystemExit, match="stopped at step 512: a weight is not finite"):
+    with pytest.raises(SystemExit, match=r"stopped at step 512: .* is not finite"):
         bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=1024, checkpoint_every=1, **SMALL))
 
 
@@ -582,6 +588,7 @@ def test_what_can_t_be_filmed_or_tracked_is_one_line(tmp_path):
     assert filmed.returncode == 1 and filmed.stderr.startswith("bpo_continuous: Countdown-v0 can't be made"), filmed.stderr
 
 
+@pytest.mark.slow
 def test_without_a_compiler_compile_says_so_and_goes_on(tmp_path):
     nowhere = {"PATH": "", "CXX": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     flags = [*FLAGS, "--env-id", "Pendulum-v1", "--compile", "--total-timesteps", 512, "--num-minibatches", 3]
@@ -935,6 +942,7 @@ def test_without_a_terminal_a_line_a_minute_says_how_far_it_is(tmp_path, monkeyp
     assert lines and all(word in lines[0] for word in ("return", "steps/s", "left"))
 
 
+@pytest.mark.slow
 def test_a_renderer_that_does_not_work_is_one_line_before_there_is_a_run_folder(tmp_path):
     flags = ["--env-id", "Hopper-v4", "--capture-video", "--total-timesteps", 2048]
     for variables in ({"DISPLAY": ":77", "MUJOCO_GL": "glfw"}, {"MUJOCO_GL": "nonsense"}):
@@ -974,6 +982,7 @@ def test_config_and_events_tell_versions_commit_and_flags(tmp_path, monkeypatch)
     assert b"|epsilon|0.3|" in text.tensor_proto.string_val[0]
 
 
+@pytest.mark.slow
 def test_a_run_resumed_from_within_its_folder_keeps_its_name_at_wandb(tmp_path):
     environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     flags = [*FLAGS, "--env-id", "Pendulum-v1", "--total-timesteps", 256, "--track"]
