@@ -2,9 +2,9 @@
 
 GRPO asks how far the ratio of a token may move and clips it there. GBPO asks where it should go: of all policies whose ratio
 ρ = π/π₀ to the old policy stays in the band [1−ε_low, 1+ε_high], the best is known in closed form. Regress onto it. For
-each question π₀ gives a group of G answers; r_i is the reward of answer i; mean, median, standard deviation s are its group's:
+each prompt π₀ gives a group of G completions; r_i is the reward of the i-th; mean, median, standard deviation s are theirs:
 
-    ρ*_i = 1 − ε_low + (ε_low + ε_high)·σ((r_i − median)/((s + 1e-6)·λ))     the best bounded ratio of answer i
+    ρ*_i = 1 − ε_low + (ε_low + ε_high)·σ((r_i − median)/((s + 1e-6)·λ))     the best bounded ratio of completion i
     A_i  = (r_i − mean)/(s + 1e-6)                                           its advantage
     L    = E_{i,t}[ |A_i|·|ρ_{i,t} − ρ*_i| ],  ρ_{i,t} the ratio of token t    the policy loss
 
@@ -108,16 +108,16 @@ class Args:
     loss: Literal["gbpo", "grpo"] = "gbpo"  # the loss
     reward: Literal["task", "majority"] = "task"  # the task's scorer, or TTRL's vote: it collapses where most answers are wrong
     exp_name: str = SCRIPT  # the run folder's name has it
-    seed: int = 1  # seed of new weights, order of the questions and sampling
-    total_batches: int = 200  # batches of questions; of scratch, if no flag says otherwise, 100
-    num_prompts: int = 16  # questions per batch, over all processes
-    group_size: int = 8  # answers G to each question
+    seed: int = 1  # seed of new weights, order of the prompts and sampling
+    total_batches: int = 200  # batches of prompts; of scratch, if no flag says otherwise, 100
+    num_prompts: int = 16  # prompts per batch, over all processes
+    group_size: int = 8  # completions G to each prompt
     vote_size: int | None = None  # answers that vote in `--reward majority`, the first G are trained on; none: G
     require_box: bool = False  # an answer without \boxed{} has no vote and no reward
-    max_new_tokens: int = 512  # longest answer; of scratch on largest_digit 1
+    max_new_tokens: int = 512  # longest completion; of scratch on largest_digit 1
     sampling_temperature: float = 1.0  # divides the logits, in sampling and in the loss
-    few_shot: int = 0  # solved questions before each one, in place of the chat template; an answer then is one line
-    instruction: str = "Put your final answer within \\boxed{}."  # follows each question in a chat template
+    few_shot: int = 0  # solved examples before each prompt, in place of the chat template; a completion then is one line
+    instruction: str = "Put your final answer within \\boxed{}."  # follows each prompt in a chat template
 
     num_minibatches: int = 1  # minibatches per epoch
     update_epochs: int = 2  # passes over each batch; of scratch 4
@@ -127,8 +127,8 @@ class Args:
     epsilon_high: float | None = None  # and below 1 + ε_high; none: as ε_low
     target_temperature: float = 1e-4  # λ, in standard deviations of the group's rewards
     threshold: Literal["median", "quantile"] = "median"  # the paper's, or the one that keeps E[ρ*] = 1 in an asymmetric band
-    ratio_level: Literal["token", "sequence"] = "token"  # a ratio for each token, or their geometric mean over an answer (GSPO)
-    kl_coef: float = 0.0  # coefficient of the KL to the first model
+    ratio_level: Literal["token", "sequence"] = "token"  # for each token, or the geometric mean over a completion (GSPO)
+    kl_coef: float = 0.0  # coefficient of the KL to the reference model
     ent_coef: float = 0.0  # coefficient of the entropy bonus
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # gradients are clipped to this norm, taken over all parameters
@@ -136,60 +136,49 @@ class Args:
     lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 trains all weights
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: slower, in less memory
     tokens_per_microbatch: int = 4096  # tokens in one backward pass, the rest is accumulated; lower it if memory is short
-    answers_at_a_time: int = 256  # answers sampled together; lower it if memory is short
-    row_tokens: int = 1024  # answers share their question's computation in rows as long; 0: a row for each, for any model
+    answers_at_a_time: int = 256  # completions sampled together; lower it if memory is short
+    row_tokens: int = 1024  # completions share their prompt's computation in rows as long; 0: a row for each, for any model
 
-    eval_prompts: int = 200  # held-out questions of the evaluation before and after, and of --evaluate
-    eval_samples: int = 4  # answers sampled to each, beside the greedy one; 0: none
+    eval_prompts: int = 200  # held-out prompts of the evaluation before and after, and of --evaluate
+    eval_samples: int = 4  # completions sampled to each, beside the greedy one; 0: none
     eval_temperature: float | None = None  # these samples' temperature; none: as in training
     eval_top_p: float = 1.0  # they are drawn from the likeliest tokens that hold so much probability
     eval_every: int = 0  # batches between evaluations, whose best model is kept in the folder best; 0: before and after only
-    sample_every: int = 20  # batches between answers shown
+    sample_every: int = 20  # batches between completions shown
     checkpoint_every: int = 10  # batches between checkpoints, five minutes at most
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "brrl"  # wandb project
     wandb_entity: str | None = None  # wandb team
     resume: str | None = None  # run folder to go on with, under its own configuration; --total-batches may extend it
-    evaluate: str | None = None  # run folder, its checkpoint or its best, that answers held-out questions; nothing is trained
+    evaluate: str | None = None  # run folder, its checkpoint or its best, tested on held-out prompts; nothing is trained
 
 
 def check_args(args):
     """Exits with a line on arguments that can't be."""
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be a finite number")
-    if args.group_size < 2:
-        sys.exit(f"{SCRIPT}: --group-size {args.group_size}: a group's answers are compared, so there must be at least 2")
-    counts = ("total_batches", "num_prompts", "max_new_tokens", "num_minibatches", "update_epochs", "tokens_per_microbatch")
-    for name in (*counts, "answers_at_a_time", "eval_prompts", "sample_every", "checkpoint_every"):
-        if getattr(args, name) < 1:
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
-    not_negative = ("few_shot", "lora_rank", "eval_samples", "eval_every", "row_tokens", "kl_coef", "ent_coef")
-    for name in (*not_negative, "weight_decay"):
-        if getattr(args, name) < 0:
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must not be negative")
-    if not 0 <= args.seed <= 10**9:
-        sys.exit(f"{SCRIPT}: --seed must lie between 0 and 1,000,000,000")
-    for name in ("learning_rate", "max_grad_norm", "sampling_temperature", "target_temperature", "eval_temperature"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be positive")
-    if args.vote_size is not None and args.vote_size < args.group_size:
-        sys.exit(f"{SCRIPT}: --vote-size {args.vote_size} must be --group-size {args.group_size} or more")
-    if not 0 < args.eval_top_p <= 1:
-        sys.exit(f"{SCRIPT}: --eval-top-p {args.eval_top_p} must lie above 0, and at most at 1")
-    if not 0 <= args.warmup_ratio <= 1:
-        sys.exit(f"{SCRIPT}: --warmup-ratio {args.warmup_ratio} must lie between 0 and 1")
-    if not (0 < args.epsilon_low < 1 and args.epsilon_high > 0):
-        sys.exit(f"{SCRIPT}: --epsilon-low must lie between 0 and 1, --epsilon-high above 0: the band [1−ε_low, 1+ε_high] "
-                 "holds positive ratios, and 1")  # fmt: skip
-    if args.num_minibatches > args.num_prompts:
-        sys.exit(f"{SCRIPT}: a batch of --num-prompts {args.num_prompts} can't be cut into --num-minibatches "
-                 f"{args.num_minibatches}: lower these")  # fmt: skip
+
+    def check(names, fine, rule):
+        for name in names.split():
+            if (value := getattr(args, name)) is not None and not (math.isfinite(value) and fine(value)):
+                sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be {rule}")
+
+    check("group_size", lambda x: x >= 2, "at least 2: a group's completions are compared")
+    counts = "total_batches num_prompts max_new_tokens num_minibatches update_epochs tokens_per_microbatch answers_at_a_time"
+    check(f"{counts} eval_prompts sample_every checkpoint_every", lambda x: x >= 1, "at least 1")
+    limits = "few_shot lora_rank eval_samples eval_every row_tokens kl_coef ent_coef weight_decay"
+    check(limits, lambda x: x >= 0, "0 or more")
+    check("seed", lambda x: 0 <= x <= 10**9, "between 0 and 1,000,000,000")
+    positive = "learning_rate max_grad_norm sampling_temperature target_temperature eval_temperature epsilon_high"
+    check(positive, lambda x: x > 0, "a positive number")
+    check("epsilon_low", lambda x: 0 < x < 1, "between 0 and 1, so that the band [1−ε_low, 1+ε_high] holds positive ratios")
+    check("eval_top_p", lambda x: 0 < x <= 1, "above 0, and at most 1")
+    check("warmup_ratio", lambda x: 0 <= x <= 1, "between 0 and 1")
+    check("vote_size", lambda x: x >= args.group_size, f"--group-size {args.group_size} or more")
+    check("num_minibatches", lambda x: x <= args.num_prompts, f"at most --num-prompts {args.num_prompts}")
     memory = psutil.virtual_memory().total
-    sampled = args.num_prompts * max(args.group_size, args.vote_size or 0)
-    token_bytes = 40 * (args.max_new_tokens + 10)  # of an answer, in Python's lists
-    if max(sampled, args.eval_samples) * token_bytes > memory or 1000 * args.eval_prompts > memory:
-        sys.exit(f"{SCRIPT}: memory can't hold the answers of a batch, --num-prompts × --group-size (or --vote-size) × "
+    sampled = max(args.num_prompts * max(args.group_size, args.vote_size or 0), args.eval_samples)
+    token_bytes = 40 * (args.max_new_tokens + 10)  # of a completion, in Python's lists
+    if sampled * token_bytes > memory or 1000 * args.eval_prompts > memory:
+        sys.exit(f"{SCRIPT}: memory can't hold the completions of a batch, --num-prompts × --group-size (or --vote-size) × "
                  "--max-new-tokens, or those of the test, --eval-prompts × --eval-samples: lower these")  # fmt: skip
 
 
@@ -215,7 +204,7 @@ def group_target_ratios(rewards, epsilon_low, epsilon_high, temperature, thresho
     """ρ* = 1 − ε_low + (ε_low + ε_high)·σ((r − μ)/((s + 1e-6)·λ)): rewards (P, G) → (P, G) (Ao et al., 2026).
 
     μ is the group's median, the mean of the middle two if G is even. That keeps E[ρ*] = 1 only if the band is symmetric and no
-    answer ties with it; `threshold="quantile"` takes the soft ε_high/(ε_low + ε_high) quantile, with which E[ρ*] = 1 always.
+    completion ties with it; `threshold="quantile"` takes the soft ε_high/(ε_low + ε_high) quantile, which always keeps it.
     """
     scaled = rewards.double() - rewards.double().amin(-1, keepdim=True)
     scaled = scaled / ((scaled.std(-1, keepdim=True) + 1e-6) * temperature)
@@ -227,7 +216,7 @@ def group_target_ratios(rewards, epsilon_low, epsilon_high, temperature, thresho
 
 
 def log_ratio(logprobs, old_logprobs, mask, level="token"):
-    """log ρ of each token, with "sequence" the mean over its answer (GSPO): (B, T), (B, T), mask (B, T) → (B, T)."""
+    """log ρ of each token, with "sequence" the mean over its completion (GSPO): (B, T), (B, T), mask (B, T) → (B, T)."""
     difference = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
     if level == "token":
         return difference
@@ -235,17 +224,17 @@ def log_ratio(logprobs, old_logprobs, mask, level="token"):
 
 
 def masked_mean(values, mask, level="token"):
-    """Mean over the tokens that the mask marks, with "sequence" over the answers' own means: (B, T), mask (B, T) → a scalar."""
+    """Mean over the marked tokens, with "sequence" over the completions' own means: (B, T), mask (B, T) → a scalar."""
     if level == "token":
         return (values * mask).sum() / mask.sum()
     return ((values * mask).sum(-1) / mask.sum(-1)).mean()
 
 
 def gbpo_loss(logprobs, old_logprobs, advantages, target_ratios, mask, level="token"):
-    """Policy loss E[|A_i|·|ρ_{i,t} − ρ*_i|] (Ao et al., 2026), a mean over answer tokens: a scalar.
+    """Policy loss E[|A_i|·|ρ_{i,t} − ρ*_i|] (Ao et al., 2026), a mean over completion tokens: a scalar.
 
-    `logprobs` (B, T) of the answers' tokens carry the gradient, `old_logprobs` (B, T) are those under π₀, `advantages` and
-    `target_ratios` (B,) are the answers'; `mask` (B, T), boolean, is true on answer tokens, the end token included.
+    `logprobs` (B, T) of the tokens carry the gradient, `old_logprobs` (B, T) are those under π₀, `advantages` and
+    `target_ratios` (B,) are the completions'; `mask` (B, T), boolean, is true on their tokens, the end token included.
     """
     ratio = log_ratio(logprobs, old_logprobs, mask, level).exp()
     errors = (ratio - target_ratios[:, None]).abs()  # |ρ − ρ*|
@@ -270,38 +259,38 @@ def kl_loss(logprobs, reference_logprobs, mask, level="token"):
 
 @dataclass
 class Rows:
-    """Questions, each followed by some of its answers, in one row of tokens: what a forward pass of the loss takes.
+    """Prompts, each followed by some of its completions, in one row of tokens: what a forward pass of the loss takes.
 
-    R rows of L tokens hold N answer tokens, answer by answer. An answer sees its question and itself, not its neighbours.
+    R rows of L tokens hold N completion tokens, one completion after the other. Each sees its prompt and itself alone.
     """
 
     tokens: torch.Tensor  # (R, L)
-    positions: torch.Tensor  # (R, L) in the text: each answer goes on where its question ended
-    segments: torch.Tensor  # (R, L) 0 for the question, 1, 2, … for its answers, −1 for padding
+    positions: torch.Tensor  # (R, L) in the text: each completion goes on where its prompt ended
+    segments: torch.Tensor  # (R, L) 0 for the prompt, 1, 2, … for its completions, −1 for padding
     sources: torch.Tensor  # (M,) places in the flattened rows whose logits are needed
-    source: torch.Tensor  # (N,) index into `sources` of the place that predicts an answer token
-    targets: torch.Tensor  # (N,) the answer tokens
-    answers: list[int]  # indices of the answers, in order
-    mask: torch.Tensor  # (answers, T) which tokens of `len(answers)` padded ones there are
-    old_logprobs: torch.Tensor | None = None  # (answers, T) under π₀, from this very packing
-    reference_logprobs: torch.Tensor | None = None  # (answers, T) under the first model
+    source: torch.Tensor  # (N,) index into `sources` of the place that predicts a completion token
+    targets: torch.Tensor  # (N,) the completion tokens
+    completions: list[int]  # indices of the completions, in order
+    mask: torch.Tensor  # (completions, T) which tokens of `len(completions)` padded ones there are
+    old_logprobs: torch.Tensor | None = None  # (completions, T) under π₀, from this very packing
+    reference_logprobs: torch.Tensor | None = None  # (completions, T) under the reference model
 
 
-def fill_rows(prompts, answers, group_size, indices, row_tokens):
-    """Rows [[index, …], …] of the answers `indices`: as many of one question in a row as fit `row_tokens`, but one at least."""
+def fill_rows(prompts, completions, group_size, indices, row_tokens):
+    """Rows [[index, …], …] of completions: as many of one prompt in a row as fit `row_tokens`, but one at least."""
     rows = []
-    for index in sorted(indices, key=lambda i: (i // group_size, len(answers[i]), i)):
-        room = row_tokens - len(prompts[index // group_size]) - sum(len(answers[i]) for i in rows[-1]) if rows else 0
-        if rows and rows[-1][0] // group_size == index // group_size and len(answers[index]) <= room:
+    for index in sorted(indices, key=lambda i: (i // group_size, len(completions[i]), i)):
+        room = row_tokens - len(prompts[index // group_size]) - sum(len(completions[i]) for i in rows[-1]) if rows else 0
+        if rows and rows[-1][0] // group_size == index // group_size and len(completions[index]) <= room:
             rows[-1].append(index)
         else:
             rows.append([index])
     return rows
 
 
-def fill_microbatches(prompts, answers, group_size, rows, tokens_per_microbatch):
+def fill_microbatches(prompts, completions, group_size, rows, tokens_per_microbatch):
     """Rows of a length together, [[row, …], …]: as many as fit into so many tokens, padding counted, but one at least."""
-    length = lambda row: len(prompts[row[0] // group_size]) + sum(len(answers[i]) for i in row)  # noqa: E731
+    length = lambda row: len(prompts[row[0] // group_size]) + sum(len(completions[i]) for i in row)  # noqa: E731
     microbatches = []
     for row in sorted(rows, key=length, reverse=True):
         if microbatches and length(microbatches[-1][0]) * (len(microbatches[-1]) + 1) <= tokens_per_microbatch:
@@ -311,9 +300,9 @@ def fill_microbatches(prompts, answers, group_size, rows, tokens_per_microbatch)
     return microbatches
 
 
-def pack(prompts, answers, group_size, rows, device="cpu"):
-    """`Rows` of these rows [[index, …], …]: prompts[i // group_size] is the question of answers[i], both lists of token ids."""
-    parts = [[prompts[row[0] // group_size], *(answers[i] for i in row)] for row in rows]
+def pack(prompts, completions, group_size, rows, device="cpu"):
+    """`Rows` of these rows [[index, …], …]: completions[i] follows prompts[i // group_size], both lists of token ids."""
+    parts = [[prompts[row[0] // group_size], *(completions[i] for i in row)] for row in rows]
     length = max(sum(map(len, row)) for row in parts)
     tokens, positions = torch.zeros((2, len(rows), length), dtype=torch.long)
     segments = torch.full((len(rows), length), -1)
@@ -325,13 +314,13 @@ def pack(prompts, answers, group_size, rows, device="cpu"):
             tokens[r, start:end] = torch.tensor(part)
             segments[r, start:end] = segment
             positions[r, start:end] = torch.arange(len(part)) + (len(prompt) if segment else 0)
-            if segment:  # its first token is predicted where the question ends
+            if segment:  # its first token is predicted where the prompt ends
                 places = [r * length + len(prompt) - 1, *range(r * length + start, r * length + end - 1)]
                 source += [sources.setdefault(place, len(sources)) for place in places]
                 targets += part
             start = end
     order = [i for row in rows for i in row]
-    lengths = torch.tensor([len(answers[i]) for i in order])
+    lengths = torch.tensor([len(completions[i]) for i in order])
     tensors = (tokens, positions, segments, torch.tensor(list(sources)), torch.tensor(source), torch.tensor(targets))
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     return Rows(*(tensor.to(device) for tensor in tensors), order, mask.to(device))
@@ -366,21 +355,21 @@ class Policy(nn.Module):
         self.register_buffer("ends", ends, persistent=False)
 
     def forward(self, rows, with_entropies=False):
-        """log π of the answer tokens of `Rows`, at the sampling temperature, and the entropies of what predicts them.
+        """log π of the completion tokens of `Rows`, at the sampling temperature, and the entropies of what predicts them.
 
-        (answers, T) each, zeros where their mask is false; the entropies are all zeros if not asked for.
+        (completions, T) each, zeros where their mask is false; the entropies are all zeros if not asked for.
         """
         segments = rows.segments
         mask = (segments >= 0).long()
         if segments.max() > 1:
             causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-            question_or_own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-            mask = (causal & question_or_own)[:, None]
+            prompt_or_own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+            mask = (causal & prompt_or_own)[:, None]
 
         def needed(module, inputs):
             return (inputs[0].flatten(0, 1)[None, rows.sources], *inputs[1:])
 
-        # Only the places that predict an answer token go through the output layer.
+        # Only the places that predict a completion token go through the output layer.
         with self.model.get_output_embeddings().register_forward_pre_hook(needed):
             given = dict(position_ids=rows.positions, attention_mask=mask, use_cache=False)
             logits = self.model(input_ids=rows.tokens, **given).logits[0]
@@ -395,12 +384,12 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, group_size, temperature, generator, top_p=1.0):
-        """Samples `group_size` answers to each question (token ids); at temperature 0, the likeliest tokens.
+        """Samples `group_size` completions to each prompt (token ids); at temperature 0, the likeliest tokens.
 
         With `top_p` < 1 only the fewest likeliest tokens count that hold so much of the probability.
 
-        Returns the answers, lists of token ids that end with an end token if there was room for one, and the mean entropy of
-        what they were sampled from. Keys and values of a question are computed once for its group.
+        Returns the completions, lists of token ids that end with an end token if there was room for one, and the mean entropy
+        of what they were sampled from. Keys and values of a prompt are computed once for its group.
         """
         device, training = self.ends.device, self.training
         self.eval()  # in training, with checkpointing, some models keep no cache
@@ -411,7 +400,7 @@ class Policy(nn.Module):
         given["cache"].reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(group_size))
         tokens, positions = torch.tensor([[prompt[-1]] for prompt in prompts], device=device), positions[:, -1:] + 1
         mask, tokens, positions = (tensor.repeat_interleave(group_size, 0) for tensor in (mask, tokens, positions))
-        answers = torch.full((len(tokens), self.args.max_new_tokens), -1, device=device)
+        completions = torch.full((len(tokens), self.args.max_new_tokens), -1, device=device)
         alive, entropies = torch.arange(len(tokens), device=device), []
         for step in range(self.args.max_new_tokens):
             mask = F.pad(mask, (0, 1), value=1)
@@ -423,16 +412,17 @@ class Policy(nn.Module):
                 ordered, order = probabilities.sort(-1, descending=True)
                 probabilities = probabilities.scatter(-1, order, ordered * (ordered.cumsum(-1) - ordered < top_p))
             tokens = torch.multinomial(probabilities, 1, generator=generator) if temperature else logprobs.argmax(-1, True)
-            answers[alive, step] = tokens[:, 0]
+            completions[alive, step] = tokens[:, 0]
             unfinished = (~torch.isin(tokens[:, 0], self.ends)).nonzero()[:, 0]
             if not len(unfinished):
                 break
-            if len(unfinished) < len(tokens):  # finished answers cost nothing more
+            if len(unfinished) < len(tokens):  # finished completions cost nothing more
                 given["cache"].reorder_cache(unfinished)
                 mask, positions, tokens, alive = (tensor[unfinished] for tensor in (mask, positions, tokens, alive))
             positions = positions + 1
         self.train(training)
-        return [[token for token in answer if token >= 0] for answer in answers.tolist()], float(torch.cat(entropies).mean())
+        texts = [[token for token in completion if token >= 0] for completion in completions.tolist()]
+        return texts, float(torch.cat(entropies).mean())
 
 
 # Task -----------------------------------------------------------------------------------------------------------------
@@ -440,11 +430,11 @@ class Policy(nn.Module):
 
 @dataclass
 class Task:
-    """Questions to learn from and others to be tested on, dicts of prompt, answer and what else the scorer needs."""
+    """Prompts to learn from and others to be tested on, dicts of prompt, answer and what else the scorer needs."""
 
     train: list[dict]
     test: list[dict]
-    score: Callable[[str, dict], float]  # an answer, the question it answers → a reward
+    score: Callable[[str, dict], float]  # an answer, the prompt it answers → a reward
     same: Callable[[str, str], bool] = str.__eq__  # whether two answers mean the same, for a vote
 
 
@@ -455,7 +445,7 @@ def largest_digit_task():
 
 
 def group_rewards(completions, example, task, args):
-    """Rewards of the G answers (texts) to one question (its dict): a list of G floats. A reward of your own goes here.
+    """Rewards of the G completions (texts) to one prompt (its dict): a list of G floats. A reward of your own goes here.
 
     `--reward majority` is TTRL (Zuo et al., 2025): no label is read, the group's most frequent answer is taken for the truth,
     the earliest of equally frequent ones; what is no answer has no vote.
@@ -475,8 +465,8 @@ def group_rewards(completions, example, task, args):
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def batch_questions(count, batch, args):
-    """Indices of a batch's questions: all `count` in a new order, and again when they are through."""
+def batch_prompts(count, batch, args):
+    """Indices of a batch's prompts: all `count` in a new order, and again when they are through."""
     indices = []
     for k in range(batch * args.num_prompts, (batch + 1) * args.num_prompts):
         order = np.random.default_rng((args.seed, k // count)).permutation(count)
@@ -498,35 +488,35 @@ def sampling_generator(device, *key):
 
 
 def generate_all(policy, prompts, group_size, temperature, generator, args, top_p=1.0, what=""):
-    """`Policy.generate` for any number of questions, those of a length together: the answers in order and the mean entropy.
+    """`Policy.generate` for any number of prompts, those of a length together: completions in order, and the mean entropy.
 
     With `what` it shows how far it is.
     """
-    answers, entropies = [None] * (len(prompts) * group_size), []
+    completions, entropies = [None] * (len(prompts) * group_size), []
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     at_a_time = max(1, args.answers_at_a_time // group_size)
     for start in counted(range(0, len(order), at_a_time), what, bool(what)):
         chunk = order[start : start + at_a_time]
         generated, entropy = policy.generate([prompts[i] for i in chunk], group_size, temperature, generator, top_p)
         for k, i in enumerate(chunk):
-            answers[i * group_size : (i + 1) * group_size] = generated[k * group_size : (k + 1) * group_size]
+            completions[i * group_size : (i + 1) * group_size] = generated[k * group_size : (k + 1) * group_size]
         entropies += [entropy] * len(chunk)
-    return answers, float(np.mean(entropies))
+    return completions, float(np.mean(entropies))
 
 
 def decode(tokenizer, tokens, args):
-    """The text of an answer: up to the first line's end after solved questions, else all."""
+    """The text of a completion: up to the first line's end after solved examples, else all."""
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return text.split("\n")[0] if args.few_shot else text
 
 
 def total_loss(policy, rows, batch, args):
-    """The loss on some rows of `update`'s batch, its terms (3,) (policy loss, KL, entropy), and log-ratios (answers, T)."""
+    """The loss on some rows of `update`'s batch, its terms (3,) (policy loss, KL, entropy), and log-ratios (completions, T)."""
     logprobs, entropies = policy(rows, args.ent_coef > 0)
     if rows.old_logprobs is None:  # before the first step π is π₀ to the last digit
         rows.old_logprobs = logprobs.detach()
     old_logprobs, mask, level = rows.old_logprobs, rows.mask, args.ratio_level
-    advantages, targets = batch["advantages"][rows.answers], batch["target_ratios"][rows.answers]
+    advantages, targets = batch["advantages"][rows.completions], batch["target_ratios"][rows.completions]
     if args.loss == "gbpo":
         policy_loss = gbpo_loss(logprobs, old_logprobs, advantages, targets, mask, level)
     else:
@@ -545,24 +535,24 @@ def ratio_sums(logratio, target_ratios, args):
     return torch.stack([term.sum() for term in terms])
 
 
-def update(policy, reference, optimizer, prompts, answers, batch, args, accelerator, generator):
-    """Fits the policy to the answers of `batch["groups"]`; returns metrics of the last epoch, scalars.
+def update(policy, reference, optimizer, prompts, completions, batch, args, accelerator, generator):
+    """Fits the policy to the completions of `batch["groups"]`; returns metrics of the last epoch, scalars.
 
-    `batch` holds, of all answers of this process, advantages and target_ratios (B,); its groups (·, G) are the indices of the
-    answers to learn from. `reference(rows)` are the first model's log-probabilities. FloatingPointError if the gradient is not
-    finite.
+    `batch` holds, of all completions of this process, advantages and target_ratios (B,); its groups (·, G) are the indices of
+    those to learn from. `reference(rows)` are the reference model's log-probabilities. FloatingPointError if the gradient is
+    not finite.
     """
     device, groups = accelerator.device, batch["groups"]
 
     def microbatches(indices):
         """[(rows, their share of the minibatch), …], as many on each process: who has fewer computes some with no share."""
-        rows = fill_rows(prompts, answers, args.group_size, indices.flatten().tolist(), args.row_tokens)
-        chunks = fill_microbatches(prompts, answers, args.group_size, rows, args.tokens_per_microbatch)
-        packed = [pack(prompts, answers, args.group_size, chunk, device) for chunk in chunks]
-        weights = [len(rows.targets) if args.ratio_level == "token" else len(rows.answers) for rows in packed]
+        rows = fill_rows(prompts, completions, args.group_size, indices.flatten().tolist(), args.row_tokens)
+        chunks = fill_microbatches(prompts, completions, args.group_size, rows, args.tokens_per_microbatch)
+        packed = [pack(prompts, completions, args.group_size, chunk, device) for chunk in chunks]
+        weights = [len(rows.targets) if args.ratio_level == "token" else len(rows.completions) for rows in packed]
         most = accelerator.gather(torch.tensor([len(packed)], device=device)).max().item()
         total = accelerator.reduce(torch.tensor(float(sum(weights)), device=device), "mean").item()
-        packed += [pack(prompts, answers, args.group_size, [[0]], device) for _ in range(most - len(packed))]
+        packed += [pack(prompts, completions, args.group_size, [[0]], device) for _ in range(most - len(packed))]
         return [(rows, weight / total) for rows, weight in zip(packed, weights + [0] * most)]
 
     # Packed once: log-probabilities of another packing differ by rounding, and |ρ − ρ*| is as steep at 1e-7 as at 0.3.
@@ -584,7 +574,7 @@ def update(policy, reference, optimizer, prompts, answers, batch, args, accelera
                     loss, terms, logratio = total_loss(policy, rows, batch, args)
                     accelerator.backward(share * loss)  # processes' gradients are averaged
                 if share:
-                    targets = batch["target_ratios"][rows.answers][:, None].expand(rows.mask.shape)
+                    targets = batch["target_ratios"][rows.completions][:, None].expand(rows.mask.shape)
                     sums += ratio_sums(logratio[rows.mask], targets[rows.mask], args)
                 terms_sum += share * terms
             if not math.isfinite(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)):
@@ -643,7 +633,7 @@ def train(args, total_batches=None):
         trained = trained_parameters(own_policy).values()
         count, learned = (sum(p.numel() for p in parameters) for parameters in (policy.parameters(), trained))
         print(f"run folder: {run_dir}\n{args.model_name}: {count:,} weights, {learned:,} of them trained; {args.task}: "
-              f"{len(task.train)} questions to learn from, {len(task.test)} to be tested on", flush=True)  # fmt: skip
+              f"{len(task.train)} prompts to learn from, {len(task.test)} to be tested on", flush=True)  # fmt: skip
         if total_batches and state["batch"] < total_batches:
             print(f"the learning rate now follows the cosine of {total_batches} batches; here it is "
                   f"{learning_rate(state['batch'], args):.3g}")  # fmt: skip
@@ -694,7 +684,7 @@ def train(args, total_batches=None):
             # Rollout. Each process has its share of the prompts, and its own random numbers.
             resumable, batch_time = True, time.time()
             optimizer.param_groups[0]["lr"] = learning_rate(state["batch"], args)
-            chosen = batch_questions(len(task.train), state["batch"], args)[rank::world]
+            chosen = batch_prompts(len(task.train), state["batch"], args)[rank::world]
             prompts = [train_prompts[i] for i in chosen]
             generator = sampling_generator(device, args.seed, 0, state["batch"], rank)
             with accelerator.autocast():
@@ -711,7 +701,7 @@ def train(args, total_batches=None):
             different = {extract_answer(text, args.require_box) or text for text in texts}
             if args.reward == "majority" and len(chosen) > 1 and not collapsed and len(different) == 1:
                 collapsed = True
-                message = f"all answers to all questions are {texts[0][:40]!r}: the vote has collapsed and teaches nothing more"
+                message = f"all answers to all prompts are {texts[0][:40]!r}: the vote has collapsed and teaches nothing more"
                 tqdm.write(f"{SCRIPT}: batch {state['batch'] + 1}: {message} (docs/llm.md)", file=sys.stderr)
             completions = [completion for k, completion in enumerate(completions) if k % num_samples < group_size]
             signal_groups = rewards.amax(1) > rewards.amin(1)
@@ -849,7 +839,7 @@ def end_tokens(model, tokenizer, args):
 
 
 def tokenize_prompts(examples, shots, model, tokenizer, args):
-    """Token ids of each question, after `shots` or in the chat template, if any; exits with a line on a wrong length."""
+    """Token ids of each prompt, after `shots` or in the chat template, if any; exits with a line on a wrong length."""
     before = "".join(f"{as_text(shot['prompt'])} {as_text(shot['answer'])}\n" for shot in shots)
 
     def text(prompt):
@@ -869,10 +859,10 @@ def tokenize_prompts(examples, shots, model, tokenizer, args):
     longest, shortest = max(map(len, tokens)), min(map(len, tokens))
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if longest + args.max_new_tokens > room:
-        sys.exit(f"{SCRIPT}: a question of {longest} tokens and an answer of {args.max_new_tokens} exceed the model's context "
-                 f"of {room}: lower --max-new-tokens or --few-shot, or leave long questions out")  # fmt: skip
+        sys.exit(f"{SCRIPT}: a prompt of {longest} tokens and a completion of {args.max_new_tokens} exceed the model's context "
+                 f"of {room}: lower --max-new-tokens or --few-shot, or leave long prompts out")  # fmt: skip
     if shortest < 2:
-        sys.exit(f"{SCRIPT}: a question of {args.task} has fewer than 2 tokens")
+        sys.exit(f"{SCRIPT}: a prompt of {args.task} has fewer than 2 tokens")
     return tokens
 
 
@@ -916,7 +906,7 @@ def check_model(policy, prompts, args):
                  f"samples or rows differ from plain forward passes ({problem})")  # fmt: skip
     if not args.row_tokens:
         return
-    # A full row of a whole group: its last answer is furthest from the question, and must not feel the others.
+    # A full row of a whole group: its last answer is furthest from the prompt, and must not feel the others.
     length, size = min(args.max_new_tokens, max(1, (args.row_tokens - len(longest)) // args.group_size)), args.group_size
     answers = [[longest[(i + t) % len(longest)] for t in range(length)] for i in range(size)]
     others = [*([answer[0]] * length for answer in answers[:-1]), answers[-1]]
@@ -973,7 +963,7 @@ def prepare(args):
 
 
 def reasoning_gym_task(name, args):
-    """About 2000 different questions of a dataset of reasoning-gym, with its own scorer; at most a fifth is held out."""
+    """About 2000 different prompts of a dataset of reasoning-gym, with its own scorer; at most a fifth is held out."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -1080,7 +1070,7 @@ def load_task(args):
         task.test = [task.test[i] for i in np.random.default_rng(0).permutation(len(task.test))]
     task.test = [example for example in task.test if example not in task.train[: args.few_shot]]
     if len(task.train) < args.few_shot + args.num_prompts:
-        sys.exit(f"{SCRIPT}: {args.task} leaves {len(task.train)} questions to learn from, fewer than --num-prompts "
+        sys.exit(f"{SCRIPT}: {args.task} leaves {len(task.train)} prompts to learn from, fewer than --num-prompts "
                  f"{args.num_prompts} and --few-shot {args.few_shot} take")  # fmt: skip
     return task
 
@@ -1251,7 +1241,7 @@ def can_be_computed(text):
 
 
 def math_score(answer, example):
-    """1 if the answer is mathematically that of the question, or one of several; else 0."""
+    """1 if the answer is mathematically that of the prompt, or one of several; else 0."""
     answer, golds = answer.strip(), example["answer"] if isinstance(example["answer"], list) else [example["answer"]]
     return float(answer != "" and any(answer == gold.strip() or same_math(extract_answer(gold), answer) for gold in golds))
 
@@ -1600,9 +1590,9 @@ def counted(items, what, show):
 
 
 def evaluate(policy, tokenizer, task, prompts, args, accelerator):
-    """Answers the held-out questions: a dict of pass@1 (greedy) and, over `eval_samples` sampled answers, mean reward.
+    """Answers the held-out prompts: a dict of pass@1 (greedy) and, over `eval_samples` sampled answers, mean reward.
 
-    Their standard errors are those over the questions; rewards are the task's scores, whatever the training's are.
+    Their standard errors are those over the prompts; rewards are the task's scores, whatever the training's are.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     share = -(-len(prompts) // world)  # each process has as many; the last ones may answer some a second time
@@ -1633,7 +1623,7 @@ def describe(evaluation, args):
 
 
 def evaluate_run(folder, eval_prompts, eval_samples):
-    """Prints what the model of a run folder, of its checkpoint, or of its best or model, scores on held-out questions."""
+    """Prints what the model of a run folder, of its checkpoint, or of its best or model, scores on held-out prompts."""
     saved = Path(folder).resolve() if (Path(folder) / "tokenizer_config.json").exists() else None
     state, tensors = load_checkpoint(saved.parent if saved else folder)
     args = replace(state["args"], eval_samples=eval_samples)
@@ -1650,7 +1640,7 @@ def evaluate_run(folder, eval_prompts, eval_samples):
     with accelerator.autocast():
         evaluation = evaluate(policy, tokenizer, task, prompts, args, accelerator)
     if accelerator.is_main_process:
-        print(f"test: {describe(evaluation, args)} (± standard error, {len(prompts)} questions)")
+        print(f"test: {describe(evaluation, args)} (± standard error, {len(prompts)} prompts)")
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def test_answers_in_shared_rows_are_as_probable_as_each_on_its_own(row_tokens, c
     weights = torch.randn(logprobs.shape, dtype=torch.float64)
     gradients = torch.autograd.grad((logprobs * weights).sum(), policy.parameters())
     policy.eval()
-    slow = [slow_logprobs(policy.model, prompts[i // 4], answers[i], 0.7) for i in packed.answers]
+    slow = [slow_logprobs(policy.model, prompts[i // 4], answers[i], 0.7) for i in packed.completions]
     for row, mask, expected in zip(logprobs, packed.mask, slow):
         assert mask.sum() == len(expected) and (row[~mask] == 0).all()
         assert torch.allclose(row[mask], expected, atol=1e-12)
@@ -268,7 +268,7 @@ def test_sampled_tokens_have_the_model_s_frequencies_at_the_temperature():
 
 def test_questions_come_in_a_new_order_each_time_they_are_through():
     args = replace(SMALL, num_prompts=4)
-    seen = [gbpo.batch_questions(6, batch, args) for batch in range(6)]
+    seen = [gbpo.batch_prompts(6, batch, args) for batch in range(6)]
     flat = [i for batch in seen for i in batch]
     assert all(sorted(flat[k : k + 6]) == list(range(6)) for k in range(0, 24, 6)) and flat[:6] != flat[6:12]
 
@@ -478,8 +478,8 @@ def test_more_held_out_questions_can_be_played_than_the_run_had(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     run_dir = gbpo.train(replace(SMALL, total_batches=1, eval_prompts=10))
     gbpo.evaluate_run(run_dir, 30, 0)
-    assert "30 questions" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="--eval-prompts must be at least 1"):
+    assert "30 prompts" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--eval-prompts 0 must be at least 1"):
         gbpo.evaluate_run(run_dir, 0, 0)
 
 
@@ -492,7 +492,7 @@ def test_gpt2_in_shared_rows():
     packed = gbpo.pack(prompts, answers, 3, gbpo.fill_rows(prompts, answers, 3, range(6), 1000))
     policy = policy_of(model.double()).eval()
     logprobs = policy(packed)[0]
-    slow = [slow_logprobs(model, prompts[i // 3], answers[i]) for i in packed.answers]
+    slow = [slow_logprobs(model, prompts[i // 3], answers[i]) for i in packed.completions]
     for row, expected in zip(logprobs, slow):
         assert torch.allclose(row[: len(expected)], expected, atol=1e-12)
     weights = torch.randn(logprobs.shape, dtype=torch.float64)

@@ -232,7 +232,7 @@ def test_entropies_are_those_of_each_token_at_the_temperature():
     rows = gbpo.pack(prompts, answers, 3, gbpo.fill_rows(prompts, answers, 3, range(6), 1000))
     logprobs, entropies = policy(rows, True)
     assert torch.equal(logprobs, policy(rows)[0]) and (entropies[~rows.mask] == 0).all()
-    for row, mask, i in zip(entropies, rows.mask, rows.answers):
+    for row, mask, i in zip(entropies, rows.mask, rows.completions):
         own = [brute_force_entropy(policy.model, [prompts[i // 3] + answers[i][:t]], [answers[i][t : t + 1]], 1, 0.7)
                for t in range(len(answers[i]))]  # fmt: skip
         assert torch.allclose(row[mask], torch.stack(own), atol=1e-6)
