@@ -418,9 +418,7 @@ def train(args, run=None):
         arrays = np.sign(rewards), terminations, terminations | truncations
         signs, terminated, dones = (torch.from_numpy(array).float().to(args.device) for array in arrays)
         advantages = gae(signs, values, next_values, terminated, dones, args.gamma, args.gae_lambda)
-        chosen = torch.from_numpy(~forced).to(
-            args.device
-        )  # the policy didn't choose the other actions, their ratio means nothing
+        chosen = torch.from_numpy(~forced).to(args.device)  # a forced action's ratio means nothing
         batch = [tensor[chosen] for tensor in (obs, actions, logprobs, advantages, advantages + values)]
 
         # Update.

@@ -81,7 +81,12 @@ def ale_seed(seed):
     return np.random.SeedSequence(seed).generate_state(2)[1].astype(np.int32)
 
 
-@pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "ALE/Boxing-v5", "ALE/Asterix-v5", "PongNoFrameskip-v4"])
+def first_of(*values):
+    """The parameters of a test whose others are slow."""
+    return [values[0], *(pytest.param(value, marks=pytest.mark.slow) for value in values[1:])]
+
+
+@pytest.mark.parametrize("env_id", first_of("PongNoFrameskip-v4", "BreakoutNoFrameskip-v4", "ALE/Boxing-v5", "ALE/Asterix-v5"))
 def test_screens_rewards_and_ends_are_those_of_gymnasium_s_wrappers(env_id):
     num_envs, steps, gym_seeds = 2, 3000, [1, 4]
     seeds = np.array([ale_seed(seed) for seed in gym_seeds])
@@ -235,7 +240,7 @@ def test_a_real_time_limit_cuts_the_game_and_leaves_its_last_screens(monkeypatch
     assert 6 <= cut <= 9  # 400 frames are 100 actions and the no-ops before them
 
 
-@pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "ALE/Boxing-v5"])
+@pytest.mark.parametrize("env_id", first_of("BreakoutNoFrameskip-v4", "ALE/Boxing-v5"))
 def test_replayed_games_go_on_bit_for_bit(env_id, monkeypatch):
     monkeypatch.setattr(bpo.AtariEnvs, "reseed_after", 200)  # so that games of several seeds are met
     envs, twin = bpo.AtariEnvs(env_id, 3), bpo.AtariEnvs(env_id, 3)
@@ -257,7 +262,7 @@ def test_replayed_games_go_on_bit_for_bit(env_id, monkeypatch):
     assert envs.actions == twin.actions
 
 
-@pytest.mark.parametrize("loss", ["bpo", "ppo"])
+@pytest.mark.parametrize("loss", first_of("bpo", "ppo"))
 def test_a_stopped_run_resumes_to_the_same_weights_and_episodes(loss, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bpo, "evaluate", lambda *_: [])
@@ -285,6 +290,7 @@ def test_a_stopped_run_resumes_to_the_same_weights_and_episodes(loss, tmp_path, 
     assert rows[0] == rows[1] and len(rows[0]) > 2
 
 
+@pytest.mark.slow
 def test_a_run_fits_its_values_and_keeps_its_ratios_in_the_band(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bpo, "evaluate", lambda *_: [])
@@ -401,6 +407,7 @@ def test_ppo_and_bpo_have_the_authors_settings_and_flags_win(monkeypatch):
     assert all(a.num_envs * a.num_steps // a.num_minibatches == 256 for a in seen)
 
 
+@pytest.mark.slow
 def test_a_game_is_filmed_and_a_trained_policy_played_again(tmp_path):
     def run(*flags):
         command = [sys.executable, str(ROOT / "bpo_atari.py"), *map(str, flags)]
@@ -421,6 +428,7 @@ def test_a_game_is_filmed_and_a_trained_policy_played_again(tmp_path):
     assert result.returncode == 1 and result.stderr.startswith("bpo_atari: --eval-episodes 0 must be from 1 to")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_device_is_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_dir = bpo.train(bpo.Args(total_timesteps=64, **SMALL))
@@ -571,6 +579,7 @@ def test_load_agent_acts_as_the_evaluation_does(loss, tmp_path, monkeypatch, cap
         agent.act(obs.transpose(1, 2, 0))
 
 
+@pytest.mark.slow
 def test_the_best_policy_of_the_evaluations_on_the_way_is_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = SMALL | {"eval_episodes": 2, "learning_rate": 1e-3, "device": "cpu"}

@@ -45,6 +45,7 @@ def run(repository, *command):
     return subprocess.run([sys.executable, *command], cwd=repository, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_matrix_is_resumed_after_its_time_limit_and_reported(repository):
     killed = repository / "benchmark/scratch/short/small__Pendulum-v1__1/runs/killed_before_its_first_checkpoint"
     killed.mkdir(parents=True)
@@ -68,6 +69,7 @@ def test_a_matrix_is_resumed_after_its_time_limit_and_reported(repository):
     assert "| Pendulum-v1 | -" in report.stdout and (repository / "short.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_result_names_the_commit_at_which_its_run_began(repository):
     def git(*command):
         command = ["git", "-c", "user.name=a", "-c", "user.email=b", *command]
@@ -86,6 +88,7 @@ def test_a_result_names_the_commit_at_which_its_run_began(repository):
     assert result.read_text().splitlines()[0].endswith(f"| commit {before}")
 
 
+@pytest.mark.slow
 def test_a_run_at_work_elsewhere_is_left_alone(repository):
     first = subprocess.Popen([sys.executable, "benchmark/run.py", "short.toml", "--arms", "small"], cwd=repository, text=True,
                              stdout=subprocess.PIPE)  # fmt: skip
@@ -143,6 +146,7 @@ def test_a_run_begun_with_other_flags_is_not_gone_on_with(repository):
     assert not (repository / "benchmark/results").exists()
 
 
+@pytest.mark.slow
 def test_language_models_leave_their_evaluations_too(repository):
     pytest.importorskip("transformers", reason="requirements-llm.txt is not installed")
     (repository / "gbpo_llm.py").write_text((ROOT / "gbpo_llm.py").read_text())
@@ -163,6 +167,7 @@ def test_language_models_leave_their_evaluations_too(repository):
     assert f"| gbpo | {sum(rewards) / 2:.3f} | 0" in table and table.strip().endswith("| 2 |")
 
 
+@pytest.mark.slow
 def test_the_committed_pages_are_what_the_committed_results_give(tmp_path):
     for folder in ("benchmark", "docs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("scratch"))
@@ -493,6 +498,7 @@ def test_the_band_grows_with_the_root_of_the_dimensions(variants, action_dim):
     assert seen_in_an_update(action_dim, epsilon=0.1225)[3] == pytest.approx({1: 0.1225, 6: 0.3}[action_dim], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_throughput_measures_training_alone_and_says_what_is_missing(tmp_path):
     sys.path.insert(0, str(ROOT / "benchmark"))
     import throughput

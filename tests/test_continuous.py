@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -308,9 +307,7 @@ def test_ctrl_c_draws_the_curve_and_asynchronous_environments_resume_too(tmp_pat
     flags = [*FLAGS, "--env-id", "Hopper-v4", "--num-envs", 2, "--async-envs", "--total-timesteps", 512 * 40]
     flags += ["--checkpoint-every", 1]
     assert run(tmp_path, "bpo_continuous.py", *flags).returncode == 0
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs do not
-    process = subprocess.Popen(command("bpo_continuous.py", *flags), cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-                               preexec_fn=heed)  # fmt: skip
+    process = subprocess.Popen(command("bpo_continuous.py", *flags), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     stopped = tmp_path / process.stdout.readline().split()[-1]
     while not (stopped / "checkpoint.pt").exists() or checkpoint(stopped)["iteration"] < 2:
         time.sleep(0.01)
