@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,8 +164,8 @@ assert (weights == weights[:1]).all(), "the processes' weights differ"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "run.py")]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert result.returncode == 0, result.stderr[-3000:]
-    checked = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("checked")]
-    assert len(checked) == 8 and all(row == ["32", "0"] for row in checked), checked
+    checked = re.findall(r"checked (\d+) (\d+)", result.stdout)
+    assert checked == [("32", "0")] * 8
 
 
 def test_options_of_vllm_are_the_host_s(tmp_path):
