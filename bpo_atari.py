@@ -23,6 +23,23 @@ Such screens are those of `AtariEnvs`, in which the policy is trained, and of gy
 FrameStackObservation, for one game; with these, press FIRE when a life begins, as `film_game` does.
 """
 
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco,classic-control]==1.4.0",
+#     "ale-py==0.12.1",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tqdm==4.70.1",
+#     "tensorboard==2.21.0",
+#     "wandb==0.31.0",
+#     "matplotlib==3.11.2",
+#     "moviepy==2.2.1",
+#     "opencv-python-headless==5.0.0.93",
+# ]
+# ///
+
 import contextlib
 import difflib
 import importlib.metadata

@@ -19,6 +19,23 @@ Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
     action = agent.act(obs)                                         its mean action, for observations as the task gives them
 """
 
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco,classic-control]==1.4.0",
+#     "mujoco==4.0.0",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tqdm==4.70.1",
+#     "threadpoolctl==3.8.0",
+#     "tensorboard==2.21.0",
+#     "wandb==0.31.0",
+#     "matplotlib==3.11.2",
+#     "moviepy==2.2.1",
+# ]
+# ///
+
 import contextlib
 import difflib
 import importlib.metadata

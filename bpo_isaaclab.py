@@ -25,6 +25,19 @@ Observations are normalised as in rsl_rl 5.5, by statistics that move after each
 BPO has the changes in PAPER below, and new values before each epoch.
 """
 
+# /// script
+# requires-python = ">=3.12,<3.13"
+# dependencies = [
+#     "isaaclab==3.0.0",
+#     "tyro==1.0.17",
+#     "tqdm==4.70.1",
+#     "tensorboard==2.21.0",
+#     "wandb==0.31.0",
+#     "matplotlib==3.11.2",
+# ]
+# ///
+# That is for Isaac Lab; mjlab has requirements-mjlab.txt and an environment of its own.
+
 import contextlib
 import copy
 import difflib
