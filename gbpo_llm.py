@@ -135,9 +135,9 @@ class Args:
 
     lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 trains all weights
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: slower, in less memory
-    tokens_per_microbatch: int = 4096  # tokens in one backward pass, the rest is accumulated; lower it if memory is short
+    tokens_per_microbatch: int = 1024  # tokens in one backward pass, the rest is accumulated; lower it if memory is short
     answers_at_a_time: int = 256  # answers sampled together; lower it if memory is short
-    row_tokens: int = 1024  # answers share their question's computation in rows as long; 0: a row for each, for any model
+    row_tokens: int | None = None  # 0: a pass for each completion, for models that can't keep several in one row apart
 
     eval_prompts: int = 200  # held-out questions of the evaluation before and after, and of --evaluate
     eval_samples: int = 4  # answers sampled to each, beside the greedy one; 0: none
@@ -155,36 +155,25 @@ class Args:
 
 def check_args(args):
     """Exits with a line on arguments that can't be."""
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be a finite number")
-    if args.group_size < 2:
-        sys.exit(f"{SCRIPT}: --group-size {args.group_size}: a group's answers are compared, so there must be at least 2")
-    counts = ("total_batches", "num_prompts", "max_new_tokens", "num_minibatches", "update_epochs", "tokens_per_microbatch")
-    for name in (*counts, "answers_at_a_time", "eval_prompts", "sample_every", "checkpoint_every"):
-        if getattr(args, name) < 1:
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be at least 1")
-    not_negative = ("few_shot", "lora_rank", "eval_samples", "eval_every", "row_tokens", "kl_coef", "ent_coef")
-    for name in (*not_negative, "weight_decay"):
-        if getattr(args, name) < 0:
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must not be negative")
-    if not 0 <= args.seed <= 10**9:
-        sys.exit(f"{SCRIPT}: --seed must lie between 0 and 1,000,000,000")
-    for name in ("learning_rate", "max_grad_norm", "sampling_temperature", "target_temperature", "eval_temperature"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} must be positive")
-    if args.vote_size is not None and args.vote_size < args.group_size:
-        sys.exit(f"{SCRIPT}: --vote-size {args.vote_size} must be --group-size {args.group_size} or more")
-    if not 0 < args.eval_top_p <= 1:
-        sys.exit(f"{SCRIPT}: --eval-top-p {args.eval_top_p} must lie above 0, and at most at 1")
-    if not 0 <= args.warmup_ratio <= 1:
-        sys.exit(f"{SCRIPT}: --warmup-ratio {args.warmup_ratio} must lie between 0 and 1")
-    if not (0 < args.epsilon_low < 1 and args.epsilon_high > 0):
-        sys.exit(f"{SCRIPT}: --epsilon-low must lie between 0 and 1, --epsilon-high above 0: the band [1−ε_low, 1+ε_high] "
-                 "holds positive ratios, and 1")  # fmt: skip
-    if args.num_minibatches > args.num_prompts:
-        sys.exit(f"{SCRIPT}: a batch of --num-prompts {args.num_prompts} can't be cut into --num-minibatches "
-                 f"{args.num_minibatches}: lower these")  # fmt: skip
+
+    def check(names, fine, rule):
+        for name in names.split():
+            if (value := getattr(args, name)) is not None and not (math.isfinite(value) and fine(value)):
+                sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be {rule}")
+
+    check("group_size", lambda x: x >= 2, "at least 2, since the completions of a group are compared")
+    counts = "total_batches num_prompts max_new_tokens num_minibatches update_epochs tokens_per_microbatch"
+    check(f"{counts} answers_at_a_time eval_prompts sample_every checkpoint_every", lambda x: x >= 1, "at least 1")
+    not_negative = "few_shot lora_rank eval_samples eval_every row_tokens kl_coef ent_coef weight_decay"
+    check(not_negative, lambda x: x >= 0, "a finite number, and not negative")
+    check("seed", lambda x: 0 <= x <= 10**9, "between 0 and 1,000,000,000")
+    check("epsilon_low", lambda x: 0 < x < 1, "between 0 and 1, so that the band [1−ε_low, 1+ε_high] holds positive ratios")
+    positive = "learning_rate max_grad_norm sampling_temperature target_temperature eval_temperature epsilon_high"
+    check(positive, lambda x: x > 0, "a positive number")
+    check("vote_size", lambda x: x >= args.group_size, f"--group-size {args.group_size} or more")
+    check("eval_top_p", lambda x: 0 < x <= 1, "above 0, and at most 1")
+    check("warmup_ratio", lambda x: 0 <= x <= 1, "between 0 and 1")
+    check("num_minibatches", lambda x: x <= args.num_prompts, f"at most --num-prompts {args.num_prompts}")
     memory = psutil.virtual_memory().total
     sampled = args.num_prompts * max(args.group_size, args.vote_size or 0)
     token_bytes = 40 * (args.max_new_tokens + 10)  # of an answer, in Python's lists
@@ -269,72 +258,62 @@ def kl_loss(logprobs, reference_logprobs, mask, level="token"):
 
 
 @dataclass
-class Rows:
-    """Questions, each followed by some of its answers, in one row of tokens: what a forward pass of the loss takes.
+class Microbatch:
+    """Prompts, each followed by some of its completions, in one row of L tokens: what a forward pass of the loss takes.
 
-    R rows of L tokens hold N answer tokens, answer by answer. An answer sees its question and itself, not its neighbours.
+    A completion sees its prompt and itself, not its neighbours. C completions have N tokens in all, the longest has T.
     """
 
-    tokens: torch.Tensor  # (R, L)
-    positions: torch.Tensor  # (R, L) in the text: each answer goes on where its question ended
-    segments: torch.Tensor  # (R, L) 0 for the question, 1, 2, … for its answers, −1 for padding
-    sources: torch.Tensor  # (M,) places in the flattened rows whose logits are needed
-    source: torch.Tensor  # (N,) index into `sources` of the place that predicts an answer token
-    targets: torch.Tensor  # (N,) the answer tokens
-    answers: list[int]  # indices of the answers, in order
-    mask: torch.Tensor  # (answers, T) which tokens of `len(answers)` padded ones there are
-    old_logprobs: torch.Tensor | None = None  # (answers, T) under π₀, from this very packing
-    reference_logprobs: torch.Tensor | None = None  # (answers, T) under the first model
+    tokens: torch.Tensor  # (1, L)
+    positions: torch.Tensor  # (1, L) in the text: each completion goes on where its prompt ended
+    groups: torch.Tensor  # (L,) index of the prompt
+    members: torch.Tensor  # (L,) index of the completion, −1 in prompts
+    sources: torch.Tensor  # (N,) places that predict the tokens of completions
+    targets: torch.Tensor  # (N,) these tokens
+    completions: list[int]  # indices of the completions, in order
+    mask: torch.Tensor  # (C, T) which tokens of C padded completions there are
+    old_logprobs: torch.Tensor | None = None  # (C, T) under π₀, from this very packing
+    reference_logprobs: torch.Tensor | None = None  # (C, T) under the reference model
 
 
-def fill_rows(prompts, answers, group_size, indices, row_tokens):
-    """Rows [[index, …], …] of the answers `indices`: as many of one question in a row as fit `row_tokens`, but one at least."""
-    rows = []
-    for index in sorted(indices, key=lambda i: (i // group_size, len(answers[i]), i)):
-        room = row_tokens - len(prompts[index // group_size]) - sum(len(answers[i]) for i in rows[-1]) if rows else 0
-        if rows and rows[-1][0] // group_size == index // group_size and len(answers[index]) <= room:
-            rows[-1].append(index)
-        else:
-            rows.append([index])
-    return rows
+def split(prompts, completions, indices, args):
+    """Indices of completions → those of each microbatch: as many as fit with their prompts, but one at least."""
+    limit = args.tokens_per_microbatch if args.row_tokens is None else min(args.tokens_per_microbatch, args.row_tokens)
+    chunks, length = [], math.inf
+    for i in sorted(indices):
+        group = i // args.group_size
+        shares = chunks and chunks[-1][-1] // args.group_size == group  # the prompt stands in the row already
+        added = len(completions[i]) + (0 if shares else len(prompts[group]))
+        if length + added > limit:
+            chunks.append([])
+            length, added = 0, len(prompts[group]) + len(completions[i])
+        chunks[-1].append(i)
+        length += added
+    return chunks
 
 
-def fill_microbatches(prompts, answers, group_size, rows, tokens_per_microbatch):
-    """Rows of a length together, [[row, …], …]: as many as fit into so many tokens, padding counted, but one at least."""
-    length = lambda row: len(prompts[row[0] // group_size]) + sum(len(answers[i]) for i in row)  # noqa: E731
-    microbatches = []
-    for row in sorted(rows, key=length, reverse=True):
-        if microbatches and length(microbatches[-1][0]) * (len(microbatches[-1]) + 1) <= tokens_per_microbatch:
-            microbatches[-1].append(row)
-        else:
-            microbatches.append([row])
-    return microbatches
-
-
-def pack(prompts, answers, group_size, rows, device="cpu"):
-    """`Rows` of these rows [[index, …], …]: prompts[i // group_size] is the question of answers[i], both lists of token ids."""
-    parts = [[prompts[row[0] // group_size], *(answers[i] for i in row)] for row in rows]
-    length = max(sum(map(len, row)) for row in parts)
-    tokens, positions = torch.zeros((2, len(rows), length), dtype=torch.long)
-    segments = torch.full((len(rows), length), -1)
-    sources, source, targets = {}, [], []
-    for r, (prompt, *row) in enumerate(parts):
-        start = 0
-        for segment, part in enumerate((prompt, *row)):
-            end = start + len(part)
-            tokens[r, start:end] = torch.tensor(part)
-            segments[r, start:end] = segment
-            positions[r, start:end] = torch.arange(len(part)) + (len(prompt) if segment else 0)
-            if segment:  # its first token is predicted where the question ends
-                places = [r * length + len(prompt) - 1, *range(r * length + start, r * length + end - 1)]
-                source += [sources.setdefault(place, len(sources)) for place in places]
-                targets += part
-            start = end
-    order = [i for row in rows for i in row]
-    lengths = torch.tensor([len(answers[i]) for i in order])
-    tensors = (tokens, positions, segments, torch.tensor(list(sources)), torch.tensor(source), torch.tensor(targets))
+def pack(prompts, completions, group_size, indices, device="cpu"):
+    """The `Microbatch` of these completions, lists of token ids: prompts[i // group_size] is the prompt of completions[i]."""
+    tokens, positions, groups, members, sources, targets = [], [], [], [], [], []
+    for i in indices:
+        group, completion = i // group_size, completions[i]
+        prompt = prompts[group]
+        if group not in groups[-1:]:
+            tokens += prompt
+            positions += range(len(prompt))
+            groups += [group] * len(prompt)
+            members += [-1] * len(prompt)
+            prompt_end = len(tokens) - 1  # which predicts the first token of each completion
+        sources += [prompt_end, *range(len(tokens), len(tokens) + len(completion) - 1)]
+        targets += completion
+        tokens += completion
+        positions += range(len(prompt), len(prompt) + len(completion))
+        groups += [group] * len(completion)
+        members += [i] * len(completion)
+    lengths = torch.tensor([len(completions[i]) for i in indices])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    return Rows(*(tensor.to(device) for tensor in tensors), order, mask.to(device))
+    parts = ([tokens], [positions], groups, members, sources, targets)
+    return Microbatch(*(torch.tensor(part, device=device) for part in parts), list(indices), mask.to(device))
 
 
 def pad_left(sequences, device):
@@ -366,30 +345,21 @@ class Policy(nn.Module):
         self.register_buffer("ends", ends, persistent=False)
 
     def forward(self, rows, with_entropies=False):
-        """log π of the answer tokens of `Rows`, at the sampling temperature, and the entropies of what predicts them.
+        """log π of the tokens of a `Microbatch`'s completions, at the sampling temperature, and the entropies there.
 
-        (answers, T) each, zeros where their mask is false; the entropies are all zeros if not asked for.
+        (C, T) each, zeros where its mask is false; the entropies are all zeros if not asked for.
         """
-        segments = rows.segments
-        mask = (segments >= 0).long()
-        if segments.max() > 1:
-            causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-            question_or_own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-            mask = (causal & question_or_own)[:, None]
-
-        def needed(module, inputs):
-            return (inputs[0].flatten(0, 1)[None, rows.sources], *inputs[1:])
-
-        # Only the places that predict an answer token go through the output layer.
-        with self.model.get_output_embeddings().register_forward_pre_hook(needed):
-            given = dict(position_ids=rows.positions, attention_mask=mask, use_cache=False)
-            logits = self.model(input_ids=rows.tokens, **given).logits[0]
-        if self.args.sampling_temperature != 1:
-            logits = logits / self.args.sampling_temperature
+        attention = torch.ones_like(rows.tokens)
+        if len(rows.completions) > 1:
+            causal = torch.ones(rows.tokens.numel(), rows.tokens.numel(), dtype=torch.bool, device=attention.device).tril()
+            same_group = rows.groups == rows.groups[:, None]
+            attention = (causal & same_group & ((rows.members == -1) | (rows.members == rows.members[:, None])))[None, None]
+        given = dict(position_ids=rows.positions, attention_mask=attention, use_cache=False, logits_to_keep=rows.sources)
+        logits = self.model(input_ids=rows.tokens, **given).logits[0] / self.args.sampling_temperature
         log_sums = logits.logsumexp(-1)
-        logprobs, entropies = logits[rows.source, rows.targets] - log_sums[rows.source], logits.new_zeros(len(rows.source))
+        logprobs, entropies = logits.gather(-1, rows.targets[:, None])[:, 0] - log_sums, torch.zeros_like(log_sums)
         if with_entropies:  # H = log Σ e^x − E[x]
-            entropies = (log_sums - (logits.softmax(-1) * logits).sum(-1))[rows.source]
+            entropies = log_sums - (logits.softmax(-1) * logits).sum(-1)
         padded = torch.zeros(rows.mask.shape, dtype=logprobs.dtype, device=logprobs.device)
         return padded.masked_scatter(rows.mask, logprobs), padded.masked_scatter(rows.mask, entropies)
 
@@ -526,7 +496,7 @@ def total_loss(policy, rows, batch, args):
     if rows.old_logprobs is None:  # before the first step π is π₀ to the last digit
         rows.old_logprobs = logprobs.detach()
     old_logprobs, mask, level = rows.old_logprobs, rows.mask, args.ratio_level
-    advantages, targets = batch["advantages"][rows.answers], batch["target_ratios"][rows.answers]
+    advantages, targets = batch["advantages"][rows.completions], batch["target_ratios"][rows.completions]
     if args.loss == "gbpo":
         policy_loss = gbpo_loss(logprobs, old_logprobs, advantages, targets, mask, level)
     else:
@@ -556,13 +526,12 @@ def update(policy, reference, optimizer, prompts, answers, batch, args, accelera
 
     def microbatches(indices):
         """[(rows, their share of the minibatch), …], as many on each process: who has fewer computes some with no share."""
-        rows = fill_rows(prompts, answers, args.group_size, indices.flatten().tolist(), args.row_tokens)
-        chunks = fill_microbatches(prompts, answers, args.group_size, rows, args.tokens_per_microbatch)
+        chunks = split(prompts, answers, indices.flatten().tolist(), args)
         packed = [pack(prompts, answers, args.group_size, chunk, device) for chunk in chunks]
-        weights = [len(rows.targets) if args.ratio_level == "token" else len(rows.answers) for rows in packed]
+        weights = [len(rows.targets) if args.ratio_level == "token" else len(rows.completions) for rows in packed]
         most = accelerator.gather(torch.tensor([len(packed)], device=device)).max().item()
         total = accelerator.reduce(torch.tensor(float(sum(weights)), device=device), "mean").item()
-        packed += [pack(prompts, answers, args.group_size, [[0]], device) for _ in range(most - len(packed))]
+        packed += [pack(prompts, answers, args.group_size, [0], device) for _ in range(most - len(packed))]
         return [(rows, weight / total) for rows, weight in zip(packed, weights + [0] * most)]
 
     # Packed once: log-probabilities of another packing differ by rounding, and |ρ − ρ*| is as steep at 1e-7 as at 0.3.
@@ -584,7 +553,7 @@ def update(policy, reference, optimizer, prompts, answers, batch, args, accelera
                     loss, terms, logratio = total_loss(policy, rows, batch, args)
                     accelerator.backward(share * loss)  # processes' gradients are averaged
                 if share:
-                    targets = batch["target_ratios"][rows.answers][:, None].expand(rows.mask.shape)
+                    targets = batch["target_ratios"][rows.completions][:, None].expand(rows.mask.shape)
                     sums += ratio_sums(logratio[rows.mask], targets[rows.mask], args)
                 terms_sum += share * terms
             if not math.isfinite(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)):
@@ -890,8 +859,8 @@ def check_model(policy, prompts, args):
     probe = Policy(model, ends, replace(args, max_new_tokens=min(args.max_new_tokens, 6), sampling_temperature=1.0))
     probe.train(policy.training)
 
-    def logprobs(prompts, answers, group_size, rows):
-        packed = pack(prompts, answers, group_size, rows, device)
+    def logprobs(prompts, answers, group_size, members):
+        packed = pack(prompts, answers, group_size, members, device)
         return probe(packed)[0][packed.mask]
 
     try:
@@ -905,7 +874,8 @@ def check_model(policy, prompts, args):
         spread = torch.stack(list(plain.values())).std(-1).mean()
         error = (torch.cat(seen[1:]) - torch.stack(list(plain.values()))).abs().mean() / spread
         expected = [plain[i, t].log_softmax(-1)[answer[t]] for i, answer in enumerate(answers) for t in range(len(answer))]
-        rows_error = (logprobs(pair, answers, 2, [[0], [1], [2], [3]]) - torch.stack(expected)).abs().max() / spread
+        alone = torch.cat([logprobs(pair, answers, 2, [i]) for i in range(4)])
+        rows_error = (alone - torch.stack(expected)).abs().max() / spread
         problem = "" if error < tolerance and rows_error < tolerance else f"off by {max(error, rows_error):.1%} of their spread"
     except Exception as error:  # models fail in many ways
         if "memory" in str(error):
@@ -914,19 +884,20 @@ def check_model(policy, prompts, args):
     if problem:
         sys.exit(f"{SCRIPT}: {args.model_name} is of type {model.config.model_type}, which can't be trained here: its "
                  f"samples or rows differ from plain forward passes ({problem})")  # fmt: skip
-    if not args.row_tokens:
+    if args.row_tokens == 0:
         return
     # A full row of a whole group: its last answer is furthest from the question, and must not feel the others.
-    length, size = min(args.max_new_tokens, max(1, (args.row_tokens - len(longest)) // args.group_size)), args.group_size
+    size, limit = args.group_size, args.row_tokens or args.tokens_per_microbatch
+    length = min(args.max_new_tokens, max(1, (limit - len(longest)) // size))
     answers = [[longest[(i + t) % len(longest)] for t in range(length)] for i in range(size)]
     others = [*([answer[0]] * length for answer in answers[:-1]), answers[-1]]
-    row = fill_rows([longest], answers, size, range(size), args.row_tokens)[-1]
+    row = split([longest], answers, range(size), args)[-1]
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     mixed = len(longest) + args.max_new_tokens > (window or math.inf)
     try:
-        apart, shared = (logprobs([longest], answers, size, [members])[-length:] for members in ([size - 1], row))
+        apart, shared = (logprobs([longest], answers, size, members)[-length:] for members in ([size - 1], row))
         mixed |= not (shared - apart).abs().mean() < tolerance * spread
-        mixed |= not (shared - logprobs([longest], others, size, [row])[-length:]).abs().max() < 0.1 * tolerance * spread
+        mixed |= not (shared - logprobs([longest], others, size, row)[-length:]).abs().max() < 0.1 * tolerance * spread
     except (ValueError, RuntimeError, TypeError):  # a model that can't take such a mask
         mixed = True
     if mixed:

@@ -210,7 +210,7 @@ def test_groups_without_signal_feel_kl_and_entropy_alone_by_their_gradients():
         reference = policy_of(tiny_llama(seed=4).double(), sampling_temperature=0.8)
         model = copy.deepcopy(policy.model)
         entropy = brute_force_entropy(model, prompts, answers, 4, 0.8)
-        rows = gbpo.pack(prompts, answers, 4, [[i] for i in range(12)])
+        rows = gbpo.pack(prompts, answers, 4, range(12))
         old = gbpo.Policy(model, torch.tensor([0]), policy.args)(rows)[0]
         difference = reference(rows)[0].detach() - old
         kl = (difference.exp() - 1 - difference)[rows.mask].mean()
@@ -229,10 +229,10 @@ def test_groups_without_signal_feel_kl_and_entropy_alone_by_their_gradients():
 def test_entropies_are_those_of_each_token_at_the_temperature():
     prompts, answers = random_groups(2, 3)
     policy = policy_of(tiny_llama().double(), sampling_temperature=0.7)
-    rows = gbpo.pack(prompts, answers, 3, gbpo.fill_rows(prompts, answers, 3, range(6), 1000))
+    rows = gbpo.pack(prompts, answers, 3, range(6))
     logprobs, entropies = policy(rows, True)
     assert torch.equal(logprobs, policy(rows)[0]) and (entropies[~rows.mask] == 0).all()
-    for row, mask, i in zip(entropies, rows.mask, rows.answers):
+    for row, mask, i in zip(entropies, rows.mask, rows.completions):
         own = [brute_force_entropy(policy.model, [prompts[i // 3] + answers[i][:t]], [answers[i][t : t + 1]], 1, 0.7)
                for t in range(len(answers[i]))]  # fmt: skip
         assert torch.allclose(row[mask], torch.stack(own), atol=1e-6)
@@ -392,7 +392,8 @@ def test_a_cache_under_another_name_is_found_out(monkeypatch):
         gbpo.check_model(policy, QUESTIONS, SMALL)
 
 
-@pytest.mark.parametrize("version", ["4.57.6", "5.23.0"])
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["5.23.0"])
 def test_an_old_transformers_is_one_line(version):
     program = f"import transformers; transformers.__version__ = '{version}'; import gbpo_llm"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -468,7 +469,7 @@ def test_waiting_for_another_process_changes_nothing(monkeypatch, fresh_accelera
 def test_the_output_layer_computes_in_float32_and_a_copy_has_its_own():
     policy = policy_of(tiny_llama())
     prompts, answers = random_groups(2, 3)
-    rows = gbpo.pack(prompts, answers, 3, [[i] for i in range(6)])
+    rows = gbpo.pack(prompts, answers, 3, range(6))
     head, seen = policy.model.get_output_embeddings(), []
     with torch.autocast("cpu", torch.bfloat16), head.register_forward_hook(lambda *given: seen.append(given[1:])):
         policy(rows)[0]
