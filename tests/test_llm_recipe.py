@@ -431,20 +431,19 @@ def bfloat16_update(monkeypatch, targets, *, rate=0.0, minibatches=4, epochs=2, 
     policy = gbpo.Policy(tiny_llama(initializer_range=0.1), torch.tensor([0]), args)
     policy, optimizer = accelerator.prepare(policy, torch.optim.SGD(policy.parameters(), lr=rate))
     batch = {"advantages": torch.ones(32), "target_ratios": targets, "groups": torch.arange(32).view(8, 4)}
-    logratios, norms, total_loss = [], [], gbpo.total_loss
+    logratios, norms, gbpo_loss = [], [], gbpo.gbpo_loss
     clip = accelerator.clip_grad_norm_
 
-    def terms(*given):
-        result = total_loss(*given)
-        logratios.append(result[2][given[1].mask])
-        return result
+    def recorded(logprobs, old_logprobs, advantages, targets, mask, level):
+        logratios.append((logprobs - old_logprobs)[mask])
+        return gbpo_loss(logprobs, old_logprobs, advantages, targets, mask, level)
 
     def clipped(parameters, _):
         norms.append(float(clip(parameters, 1e9)))
         return norms[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(gbpo, "total_loss", terms)
+        patch.setattr(gbpo, "gbpo_loss", recorded)
         patch.setattr(accelerator, "clip_grad_norm_", clipped)
         patch.setattr(accelerator, "gather", lambda count: count + fillers)  # as if another process had so many more
         generator = torch.Generator().manual_seed(0)
