@@ -77,6 +77,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
@@ -571,19 +572,18 @@ def train(args, total_batches=None):
 
     With `args.resume` the run goes on under its own configuration, to its end or to `total_batches`.
     """
-    state, tensors = load_checkpoint(args.resume) if args.resume else (None, None)
-    run_dir = Path(args.resume or "")
-    if state:
-        args = state["args"]
-        args = replace(args, total_batches=args.total_batches if total_batches is None else total_batches)
+    state, run_dir = {"batch": 0, "seconds": 0.0, "evaluations": {}}, None
+    if args.resume:
+        run_dir = Path(args.resume)
+        state, tensors = load_checkpoint(run_dir)
+        args = state["args"] if total_batches is None else replace(state["args"], total_batches=total_batches)
         if state["batch"] > args.total_batches:
             sys.exit(f"{SCRIPT}: {run_dir} is at batch {state['batch']} already, beyond --total-batches {args.total_batches}")
     accelerator, task, tokenizer, policy = prepare(args)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    main_process = accelerator.is_main_process
     if args.num_prompts % world:
         sys.exit(f"{SCRIPT}: --num-prompts {args.num_prompts} can't be shared out equally among {world} processes")
-    if state and state.get("processes", world) != world:
+    if state.setdefault("processes", world) != world:
         sys.exit(f"{SCRIPT}: {run_dir} is a run of {state['processes']} processes and goes on with as many, not with {world}")
     shots, task.train, task.test = task.train[: args.few_shot], task.train[args.few_shot :], task.test[: args.eval_prompts]
     train_prompts, test_prompts = (tokenize_prompts(e, shots, policy.model, tokenizer, args) for e in (task.train, task.test))
@@ -592,67 +592,42 @@ def train(args, total_batches=None):
     own_policy = policy  # as it is without DDP
     optimizer = torch.optim.AdamW(trained_parameters(policy).values(), lr=args.learning_rate, weight_decay=args.weight_decay)
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    if state:
+    if run_dir:
         restore(tensors, own_policy, optimizer)
+    state["args"] = asdict(args)
+    log = Log(args, run_dir, state, own_policy, task) if accelerator.is_main_process else None
+    if log and state["batch"] < (total_batches or 0):
+        rate = learning_rate(state["batch"], args)
+        print(f"the learning rate now follows the cosine of {total_batches} batches; here it is {rate:.3g}")
+    start_time = saved_time = time.time()
+    before = state["seconds"]  # in earlier sessions
+    num_samples = max(args.group_size, args.vote_size or 0) if args.reward == "majority" else args.group_size  # to a prompt
+    collapsed = resumable = False
 
-    def reference(rows):
+    def reference(microbatch):
         if not reference_model:
             with own_policy.model.disable_adapter():
-                return own_policy(rows)[0]
+                return own_policy(microbatch)[0]
         with accelerator.autocast():  # which the policy brings along
-            return reference_model(rows)[0]
-
-    if not state:
-        state = {"processes": world, "batch": 0, "seconds": 0.0, "evaluations": {}}
-        run_dir = new_run_dir(args) if main_process else None
-    state["args"] = asdict(args)
-    start_time = time.time() - state["seconds"]
-    if main_process:
-        trained = trained_parameters(own_policy).values()
-        count, learned = (sum(p.numel() for p in parameters) for parameters in (policy.parameters(), trained))
-        print(f"run folder: {run_dir}\n{args.model_name}: {count:,} weights, {learned:,} of them trained; {args.task}: "
-              f"{len(task.train)} questions to learn from, {len(task.test)} to be tested on", flush=True)  # fmt: skip
-        if total_batches and state["batch"] < total_batches:
-            print(f"the learning rate now follows the cosine of {total_batches} batches; here it is "
-                  f"{learning_rate(state['batch'], args):.3g}")  # fmt: skip
-        write_config(run_dir, args)
-        if args.track:
-            start_wandb(args, run_dir)
-        writer = SummaryWriter(run_dir, purge_step=state["batch"] + 1)
-        table = "|flag|value|\n|-|-|\n" + "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-        writer.add_text("hyperparameters", table)
-        episodes = run_dir / "episodes.csv"
-        if state["batch"]:  # a row for each batch: those after the checkpoint are dropped
-            kept = episodes.read_text().splitlines(keepends=True)[: state["batch"] + 1]
-            os.truncate(episodes, len("".join(kept)))
-        else:
-            episodes.write_text("step,return,length,wall_time\n")
-    saved_time = time.time()
+            return reference_model(microbatch)[0]
 
     def save():
         nonlocal saved_time
         saved_time = time.time()
-        state["seconds"] = saved_time - start_time
-        if main_process:
-            save_checkpoint(run_dir, state, own_policy, optimizer)
+        state["seconds"] = before + saved_time - start_time
+        if log:
+            save_checkpoint(log.run_dir, state, own_policy, optimizer)
 
     def evaluate_now():
         with accelerator.autocast():
             evaluation = evaluate(own_policy, tokenizer, task, test_prompts, args, accelerator)
         best = max((earlier["pass@1"] for earlier in state["evaluations"].values()), default=-math.inf)
         state["evaluations"][str(state["batch"])] = evaluation
-        if main_process:
+        if log:
             if args.eval_every and evaluation["pass@1"] > best:
-                save_model(run_dir / "best", own_policy, tokenizer)
-            with tqdm.external_write_mode():
-                print(f"test, batch {state['batch']}: {describe(evaluation, args)}", flush=True)
-            for name, value in evaluation.items():
-                writer.add_scalar(f"eval/{name}", value, state["batch"])
+                save_model(log.run_dir / "best", own_policy, tokenizer)
+            log.evaluation(state["batch"], evaluation)
 
-    progress = tqdm(total=args.total_batches, initial=state["batch"], disable=None if main_process else True,
-                    bar_format="{n}/{total}, {remaining} left{postfix}")  # fmt: skip
-    group_size, collapsed, next_line, resumable = args.group_size, False, time.time() + 60, False
-    num_samples = max(group_size, args.vote_size or 0) if args.reward == "majority" else group_size  # to a prompt
     try:
         if not state["evaluations"]:
             save()
@@ -669,53 +644,46 @@ def train(args, total_batches=None):
                 given = prompts, num_samples, args.sampling_temperature, generator, args
                 completions, entropy = generate_all(own_policy, *given)
             texts = [decode(tokenizer, completion, args) for completion in completions]
-            groups = [texts[k * num_samples : (k + 1) * num_samples] for k in range(len(chosen))]
 
             # Rewards and group statistics. Groups of equal rewards have no advantage: they feel KL and entropy alone.
             PROBLEMS.clear()
-            rewards = [group_rewards(group, task.train[i], task, args)[:group_size] for group, i in zip(groups, chosen)]
-            rewards = torch.tensor([finite_rewards(group) for group in rewards], dtype=torch.float32)
-            lengths = torch.tensor([len(completion) for completion in completions], dtype=torch.float32)
-            different = {extract_answer(text, args.require_box) or text for text in texts}
-            if args.reward == "majority" and len(chosen) > 1 and not collapsed and len(different) == 1:
-                collapsed = True
-                message = f"all answers to all questions are {texts[0][:40]!r}: the vote has collapsed and teaches nothing more"
-                tqdm.write(f"{SCRIPT}: batch {state['batch'] + 1}: {message} (docs/llm.md)", file=sys.stderr)
-            completions = [completion for k, completion in enumerate(completions) if k % num_samples < group_size]
-            signal_groups = rewards.amax(1) > rewards.amin(1)
-            learned = (signal_groups | bool(args.kl_coef or args.ent_coef)).nonzero()
+            groups = [texts[k * num_samples : (k + 1) * num_samples] for k in range(len(chosen))]
+            rewards = [finite_rewards(group_rewards(group, task.train[i], task, args)) for group, i in zip(groups, chosen)]
+            rewards = torch.tensor(rewards, dtype=torch.float32)[:, : args.group_size]
+            with_signal = rewards.amax(1) > rewards.amin(1)
+            learned = (with_signal | bool(args.kl_coef or args.ent_coef)).nonzero()
             targets = group_target_ratios(rewards, args.epsilon_low, args.epsilon_high, args.target_temperature, args.threshold)
             batch = {"advantages": group_advantages(rewards).flatten(), "target_ratios": targets.flatten()}
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            batch["groups"] = learned * group_size + torch.arange(group_size)
+            batch["groups"] = learned * args.group_size + torch.arange(args.group_size)
+            lengths = [float(len(completion)) for completion in completions]
+            completions = [completion for k, completion in enumerate(completions) if k % num_samples < args.group_size]
+            if args.reward == "majority" and len(chosen) > 1 and not collapsed:
+                collapsed = len({extract_answer(text, args.require_box) or text for text in texts}) == 1
+                if collapsed:
+                    tqdm.write(f"{SCRIPT}: batch {state['batch'] + 1}: all completions of all prompts are {texts[0][:40]!r}: "
+                               "the vote has collapsed and teaches nothing more (docs/llm.md)", file=sys.stderr)  # fmt: skip
 
             # Update.
             resumable, shuffle = False, sampling_generator("cpu", args.seed, 2, state["batch"], rank)
             try:
                 metrics = update(policy, reference, optimizer, prompts, completions, batch, args, accelerator, shuffle)
             except FloatingPointError as error:
-                message = f"{SCRIPT}: stopped at batch {state['batch'] + 1}: {error}. {run_dir} keeps the last good checkpoint"
-                sys.exit(message if main_process else 1)
+                sys.exit(f"{SCRIPT}: stopped at batch {state['batch'] + 1}: {error}. {log.run_dir} keeps the last good "
+                         "checkpoint" if log else 1)  # fmt: skip
             state["batch"] += 1
 
             # Log and save.
             seconds = time.time() - batch_time
-            seen = (rewards.sum(), lengths.sum(), signal_groups.sum(), entropy)
-            seen = (*seen, PROBLEMS["scorer_failures"], PROBLEMS["bad_rewards"])
-            seen = torch.tensor([*map(float, seen)], device=device)
-            reward, tokens, with_signal, entropy, failures, bad = accelerator.reduce(seen).tolist()
-            length = tokens / (args.num_prompts * num_samples)
-            charts = {"reward": reward / (args.num_prompts * group_size), "answer_length": length, "entropy": entropy / world,
-                      "groups_with_signal": with_signal / args.num_prompts, "scorer_failures": failures, "bad_rewards": bad,
+            sums = rewards.sum(), sum(lengths), with_signal.sum(), entropy, PROBLEMS["scorer_failures"], PROBLEMS["bad_rewards"]
+            sums = accelerator.reduce(torch.tensor([*map(float, sums)], device=device)).tolist()
+            reward, tokens, signal, entropy, failures, bad = sums
+            charts = {"reward": reward / (args.num_prompts * args.group_size), "entropy": entropy / world,
+                      "answer_length": tokens / (args.num_prompts * num_samples),
+                      "groups_with_signal": signal / args.num_prompts, "scorer_failures": failures, "bad_rewards": bad,
                       "learning_rate": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds}  # fmt: skip
-            if main_process:
-                with open(episodes, "a") as file:
-                    file.write(f"{state['batch']},{charts['reward']},{length:.1f},{time.time() - start_time:.1f}\n")
-                for name, value in charts.items():
-                    writer.add_scalar(f"charts/{name}", value, state["batch"])
-                for name, value in metrics.items():
-                    writer.add_scalar(f"losses/{name}", value, state["batch"])
-                writer.flush()
+            if log:
+                log.batch(state["batch"], before + time.time() - start_time, charts, metrics)
                 if (state["batch"] - 1) % args.sample_every == 0:
                     shown = f"{tokenizer.decode(prompts[0])[-300:]!r} → {texts[0][:300]!r}"
                     tqdm.write(f"batch {state['batch']}: {shown}, reward {rewards[0, 0]:.2f}")
@@ -724,38 +692,23 @@ def train(args, total_batches=None):
             overdue = time.time() + seconds - saved_time > 300  # it would be after one more batch
             if state["batch"] % args.checkpoint_every == 0 or state["batch"] == args.total_batches or overdue:
                 save()
-            shown = {"reward": f"{charts['reward']:.2f}", "signal": f"{charts['groups_with_signal']:.0%}",
-                     "outside": f"{metrics['clipfrac']:.0%}", "entropy": f"{charts['entropy']:.2f}"}  # fmt: skip
-            progress.set_postfix(shown, refresh=False)
-            progress.update()
-            if main_process and progress.disable and time.time() > next_line:
-                next_line = time.time() + 60
-                left = (time.time() - start_time) / state["batch"] * (args.total_batches - state["batch"])
-                print(f"batch {state['batch']} of {args.total_batches}: reward {charts['reward']:.2f}, "
-                      f"{charts['tokens_per_second']:.0f} tokens/s, {tqdm.format_interval(left)} left", flush=True)  # fmt: skip
         if str(args.total_batches) not in state["evaluations"]:
             evaluate_now()
             save()
-        finished = True
     except KeyboardInterrupt:
-        finished = False
         if resumable:  # the weights are those of the last whole batch
             save()
-
-    progress.close()
-    if main_process:
-        writer.close()
-        if finished:
-            save_model(run_dir / "model", own_policy, tokenizer)
-        finish(args, run_dir, state)
-        if finished:
-            print(f"model: {run_dir / 'model'}")
-        else:
+        if log:
+            log.close(state)
             program = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
-            print(f"stopped; to go on from the last checkpoint: {program} {SCRIPT}.py --resume {run_dir}")
-    if not finished:
+            print(f"stopped; to go on from the last checkpoint: {program} {SCRIPT}.py --resume {log.run_dir}")
         sys.exit(130)
-    return run_dir
+    if not log:
+        return None
+    save_model(log.run_dir / "model", own_policy, tokenizer)
+    log.close(state)
+    print(f"model: {log.run_dir / 'model'}")
+    return log.run_dir
 
 
 # What surrounds a run -------------------------------------------------------------------------------------------------
@@ -1523,40 +1476,84 @@ def restore(tensors, policy, optimizer=None):
             optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()}
 
 
-def plot_learning_curve(run_dir, evaluations, title):
-    """Draws learning_curve.png: every batch's mean reward, the mean of the last 10, and the evaluations before and after."""
-    from matplotlib.figure import Figure
+class Log:
+    """Run folder, episodes.csv, TensorBoard and the progress bar; without a terminal a line a minute. One process has it."""
 
+    def __init__(self, args, run_dir, state, policy, task):
+        self.args, self.run_dir, self.next_line = args, run_dir or new_run_dir(args), time.time() + 60
+        trained = sum(parameter.numel() for parameter in trained_parameters(policy).values())
+        print(f"run folder: {self.run_dir}\n{args.model_name}: {sum(p.numel() for p in policy.parameters()):,} weights, "
+              f"{trained:,} of them trained; {args.task}: {len(task.train)} prompts to learn from, {len(task.test)} to be "
+              "tested on", flush=True)  # fmt: skip
+        write_config(self.run_dir, args)
+        if args.track:
+            start_wandb(args, self.run_dir)
+        self.writer = SummaryWriter(self.run_dir, purge_step=state["batch"] + 1)
+        table = "|flag|value|\n|-|-|\n" + "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        self.writer.add_text("hyperparameters", table)
+        path = self.run_dir / "episodes.csv"
+        kept = path.read_text().splitlines()[: state["batch"] + 1] if state["batch"] else ["step,return,length,wall_time"]
+        path.write_text("\n".join(kept) + "\n")  # a row for each batch: those after the checkpoint are dropped
+        self.progress = tqdm(total=args.total_batches, initial=state["batch"], disable=None,
+                             bar_format="{n}/{total}, {remaining} left{postfix}")  # fmt: skip
+
+    def batch(self, batch, seconds, charts, metrics):
+        with open(self.run_dir / "episodes.csv", "a") as file:
+            file.write(f"{batch},{charts['reward']},{charts['answer_length']:.1f},{seconds:.1f}\n")
+        for group, values in (("charts", charts), ("losses", metrics)):
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", value, batch)
+        self.writer.flush()
+        shown = {"reward": f"{charts['reward']:.2f}", "signal": f"{charts['groups_with_signal']:.0%}",
+                 "outside": f"{metrics['clipfrac']:.0%}", "entropy": f"{charts['entropy']:.2f}"}  # fmt: skip
+        self.progress.set_postfix(shown, refresh=False)
+        self.progress.update()
+        if self.progress.disable and time.time() > self.next_line:
+            self.next_line = time.time() + 60
+            left = tqdm.format_interval(seconds / batch * (self.args.total_batches - batch))
+            print(f"batch {batch} of {self.args.total_batches}: reward {charts['reward']:.2f}, "
+                  f"{charts['tokens_per_second']:.0f} tokens/s, {left} left", flush=True)  # fmt: skip
+
+    def evaluation(self, batch, evaluation):
+        with tqdm.external_write_mode():
+            print(f"test, batch {batch}: {describe(evaluation, self.args)}", flush=True)
+        for name, value in evaluation.items():
+            self.writer.add_scalar(f"eval/{name}", value, batch)
+
+    def close(self, state):
+        """Draws the learning curve and says where it and the best model are."""
+        self.progress.close()
+        self.writer.close()
+        evaluations = {int(step): evaluation for step, evaluation in state["evaluations"].items()}
+        plot_learning_curve(self.run_dir, evaluations, self.args)
+        print(f"learning curve: {self.run_dir / 'learning_curve.png'}")
+        if self.args.eval_every and evaluations:
+            step = max(evaluations, key=lambda step: (evaluations[step]["pass@1"], -step))
+            print(f"best model, that of batch {step}: {self.run_dir / 'best'}")
+        if self.args.track:
+            import wandb
+
+            wandb.finish()
+
+
+def plot_learning_curve(run_dir, evaluations, args):
+    """Every batch's mean reward, the mean of the last 10, and the evaluations."""
     rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
     steps, rewards = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
     smooth = [rewards[max(0, i - 9) : i + 1].mean() for i in range(len(rewards))]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, rewards, ".", alpha=0.4, color="tab:blue", label="a batch, sampled answers")
+    axes.plot(steps, rewards, ".", alpha=0.4, color="tab:blue", label="a batch, sampled")
     axes.plot(steps, smooth, color="tab:blue", label="mean of the last 10 batches")
     for name, label, color in (("pass@1", "greedy", "tab:orange"), ("mean", "sampled", "tab:green")):
-        points = [(step, e[name], e[f"{name}_error"]) for step, e in evaluations.items() if name in e]
-        if points:
+        if points := [(step, e[name], e[f"{name}_error"]) for step, e in evaluations.items() if name in e]:
             label = f"held out, {label} (± standard error)"
             axes.errorbar(*zip(*points), fmt="o", capsize=4, color=color, label=label)
+    title = f"{args.task}, {args.model_name}, --loss {args.loss}, seed {args.seed}"
     axes.set(xlabel="batches", ylabel="reward", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(run_dir / "learning_curve.png", dpi=120)
-
-
-def finish(args, run_dir, state):
-    """Draws the learning curve and says where it and the best model are."""
-    evaluations = {int(step): evaluation for step, evaluation in state["evaluations"].items()}
-    plot_learning_curve(run_dir, evaluations, f"{args.task}, {args.model_name}, --loss {args.loss}, seed {args.seed}")
-    print(f"learning curve: {run_dir / 'learning_curve.png'}")
-    if args.eval_every and evaluations:
-        step = max(evaluations, key=lambda step: (evaluations[step]["pass@1"], -step))
-        print(f"best model, that of batch {step}: {run_dir / 'best'}")
-    if args.track:
-        import wandb
-
-        wandb.finish()
 
 
 def counted(items, what, show):

@@ -172,7 +172,7 @@ def test_a_vote_that_has_collapsed_is_told_once(reward, others, told, tmp_path, 
     monkeypatch.setattr(gbpo, "generate_all", lambda policy, prompts, size, *_: (answers(prompts, size), 0.1))
     gbpo.train(replace(SMALL, reward=reward, total_batches=3))
     error = capsys.readouterr().err
-    assert error.count("the vote has collapsed") == error.count("batch 1: all answers to all questions are '='") == told
+    assert error.count("the vote has collapsed") == error.count("batch 1: all completions of all prompts are '='") == told
 
 
 # Terms of the loss ----------------------------------------------------------------------------------------------------
