@@ -83,7 +83,6 @@ from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 try:
     import transformers
     from accelerate import Accelerator
@@ -92,11 +91,6 @@ except ImportError as error:
     sys.exit(f"{Path(__file__).stem}: {error}: pip install -r requirements.txt -r requirements-llm.txt")
 
 SCRIPT = Path(__file__).stem
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):  # earlier ones pass over `cache=` without a word
-    sys.exit(f"{SCRIPT}: transformers {transformers.__version__} is older than 5.24: pip install -r requirements-llm.txt")
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-warnings.filterwarnings("ignore", module="transformers|peft")
 
 
 @dataclass
@@ -859,6 +853,8 @@ def check_model(policy, prompts, args):
 def prepare(args):
     """Accelerator, task, tokenizer and policy of a run."""
     check_args(args)
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):  # earlier ones pass over `cache=` without a word
+        sys.exit(f"{SCRIPT}: transformers {transformers.__version__} is older than 5.24: pip install -r requirements-llm.txt")
     cuda = torch.cuda.is_available()
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         sys.exit(f"{SCRIPT}: FSDP is not supported: without --use-fsdp each device has the whole model (try --lora-rank 16)")
@@ -1662,6 +1658,10 @@ def command_line():
 
 
 def main():
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers|peft")
     args, given = command_line()
     if args.resume and given - {"resume", "total_batches"}:
         sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration; only --total-batches can be given beside it")
