@@ -407,11 +407,11 @@ class Policy(nn.Module):
 
 @dataclass
 class Task:
-    """Questions to learn from and others to be tested on, dicts of prompt, answer and what else the scorer needs."""
+    """Prompts to learn from and others to be tested on, dicts of prompt, answer and what else the scorer needs."""
 
     train: list[dict]
     test: list[dict]
-    score: Callable[[str, dict], float]  # an answer, the question it answers → a reward
+    score: Callable[[str, dict], float]  # an answer, the example it answers → a reward
     same: Callable[[str, str], bool] = str.__eq__  # whether two answers mean the same, for a vote
 
 
@@ -753,7 +753,7 @@ def load_model(args, task):
 
 
 def end_tokens(model, tokenizer, args):
-    """Ids of the tokens that end an answer; exits with a line if there is none."""
+    """Ids of the tokens that end a completion; exits with a line if there is none."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     if args.few_shot:
@@ -764,7 +764,7 @@ def end_tokens(model, tokenizer, args):
 
 
 def tokenize_prompts(examples, shots, model, tokenizer, args):
-    """Token ids of each question, after `shots` or in the chat template, if any; exits with a line on a wrong length."""
+    """Token ids of each prompt, after `shots` or in the chat template, if any; exits with a line on a wrong length."""
     before = "".join(f"{as_text(shot['prompt'])} {as_text(shot['answer'])}\n" for shot in shots)
 
     def text(prompt):
@@ -784,10 +784,10 @@ def tokenize_prompts(examples, shots, model, tokenizer, args):
     longest, shortest = max(map(len, tokens)), min(map(len, tokens))
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if longest + args.max_new_tokens > room:
-        sys.exit(f"{SCRIPT}: a question of {longest} tokens and an answer of {args.max_new_tokens} exceed the model's context "
-                 f"of {room}: lower --max-new-tokens or --few-shot, or leave long questions out")  # fmt: skip
+        sys.exit(f"{SCRIPT}: a prompt of {longest} tokens and a completion of {args.max_new_tokens} exceed the model's context "
+                 f"of {room}: lower --max-new-tokens or --few-shot, or leave long prompts out")  # fmt: skip
     if shortest < 2:
-        sys.exit(f"{SCRIPT}: a question of {args.task} has fewer than 2 tokens")
+        sys.exit(f"{SCRIPT}: a prompt of {args.task} has fewer than 2 tokens")
     return tokens
 
 
@@ -847,7 +847,7 @@ def check_model(policy, prompts, args):
     except (ValueError, RuntimeError, TypeError):  # a model that can't take such a mask
         mixed = True
     if mixed:
-        sys.exit(f"{SCRIPT}: {args.model_name} can't hold several answers in one row: --row-tokens 0")
+        sys.exit(f"{SCRIPT}: {args.model_name} can't hold several completions in one row: --row-tokens 0")
 
 
 def prepare(args):
@@ -999,7 +999,7 @@ def load_task(args):
         task.test = [task.test[i] for i in np.random.default_rng(0).permutation(len(task.test))]
     task.test = [example for example in task.test if example not in task.train[: args.few_shot]]
     if len(task.train) < args.few_shot + args.num_prompts:
-        sys.exit(f"{SCRIPT}: {args.task} leaves {len(task.train)} questions to learn from, fewer than --num-prompts "
+        sys.exit(f"{SCRIPT}: {args.task} leaves {len(task.train)} prompts to learn from, fewer than --num-prompts "
                  f"{args.num_prompts} and --few-shot {args.few_shot} take")  # fmt: skip
     return task
 
@@ -1563,9 +1563,9 @@ def counted(items, what, show):
 
 
 def evaluate(policy, tokenizer, task, prompts, args, accelerator):
-    """Answers the held-out questions: a dict of pass@1 (greedy) and, over `eval_samples` sampled answers, mean reward.
+    """Completes the held-out prompts: a dict of pass@1 (greedy) and, over `eval_samples` sampled answers, mean reward.
 
-    Their standard errors are those over the questions; rewards are the task's scores, whatever the training's are.
+    Their standard errors are those over the prompts; rewards are the task's scores, whatever the training's are.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     share = -(-len(prompts) // world)  # each process has as many; the last ones may answer some a second time
@@ -1625,8 +1625,8 @@ CLEANRL = {
     "clip_coef": "the band of the ratio is --epsilon-low and --epsilon-high",
     "cuda": "a GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
     "env_id": "the task is --task",
-    "num_envs": "a batch has --num-prompts × --group-size answers",
-    "num_steps": "an answer has at most --max-new-tokens",
+    "num_envs": "a batch has --num-prompts × --group-size completions",
+    "num_steps": "a completion has at most --max-new-tokens",
     "target_kl": "all --update-epochs are run; losses/approx_kl has the KL",
     "total_timesteps": "training is counted in batches, --total-batches",
 }
