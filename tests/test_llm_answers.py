@@ -200,6 +200,7 @@ def test_letters_do_not_multiply_and_cut_off_text_has_no_voice_in_the_vote():
     assert rewards("(1,2)", "1,2", "2,1") == [0, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_vote_that_would_never_end_does():
     start = time.time()
     towers = [f"9^{{9^{{9^{k}}}}}" for k in (8, 9)]
@@ -271,6 +272,7 @@ def test_exit_is_a_wrong_answer_that_is_counted_and_named(name, load, capsys):
     assert gbpo.PROBLEMS["scorer_failures"] == 2 and capsys.readouterr().out.count("SystemExit") == 1
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_for_ever_is_given_up_after_seconds_and_not_tried_twice(load):
     task, start = load("countdown"), time.time()
     rewards = gbpo.group_rewards(["9**9**9"] * 50 + [task.train[0]["answer"]], task.train[0], task, ARGS)
