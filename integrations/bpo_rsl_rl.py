@@ -46,19 +46,14 @@ class ValueHead(nn.Linear):
 
 
 class BPO(PPO):
-    """Takes PPO's options but for its clips, and these, whose defaults are those of bpo_isaaclab.py.
-
-    epsilon: half-width ε of the band. temperature: λ, in returns. use_median: False thresholds at V(s), the paper's ablation.
-    median_coef, median_temperature: coefficient and λ of the median loss. reevaluate: values, advantages and returns anew
-    before each epoch but the first.
-    """
+    """Takes PPO's options, its clips without effect, and these, with bpo_isaaclab.py's defaults: ε; λ in returns; threshold at
+    μ(s) or V(s); coefficient and λ of the median loss; values, advantages and returns anew before each epoch or not."""
 
     def __init__(self, actor, critic, storage, *args, epsilon=0.3, temperature=1e-2, use_median=True, median_coef=1.0,
                  median_temperature=1.0, reevaluate=True, **options):  # fmt: skip
-        if actor.is_recurrent or critic.is_recurrent or options.get("rnd_cfg") or options.get("symmetry_cfg"):
-            raise ValueError("BPO has no recurrent policies, no RND and no symmetry: set rnd_cfg and symmetry_cfg to None")
-        if options.get("use_mixed_precision"):
-            raise ValueError("BPO computes in float32, as ratios near 1 need: set use_mixed_precision to False")
+        without = [name for name in ("rnd_cfg", "symmetry_cfg", "use_mixed_precision") if options.get(name)]
+        if actor.is_recurrent or critic.is_recurrent or without:
+            raise ValueError(f"BPO works without {' and '.join(without) or 'recurrent policies'}")
         if not (0 < epsilon < 1 and temperature > 0 and median_temperature > 0):
             raise ValueError("BPO needs an epsilon between 0 and 1, and temperatures above 0")
         last = critic.mlp[-1]
@@ -89,10 +84,8 @@ class BPO(PPO):
         if self.is_multi_gpu:
             torch.distributed.all_reduce(kl)
             kl = kl / self.gpu_world_size
-        if kl > 2 * self.desired_kl:
-            self.learning_rate = max(1e-5, self.learning_rate / 1.5)
-        elif 0 < kl < self.desired_kl / 2:
-            self.learning_rate = min(1e-2, self.learning_rate * 1.5)
+        factor = 1 / 1.5 if kl > 2 * self.desired_kl else 1.5 if 0 < kl < self.desired_kl / 2 else 1.0
+        self.learning_rate = min(1e-2, max(1e-5, self.learning_rate * factor))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
 
