@@ -20,7 +20,8 @@ Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
     model = AutoModelForCausalLM.from_pretrained("runs/<run>/model")        the trained model in Python; so loads best, too
     model = AutoPeftModelForCausalLM.from_pretrained("runs/<run>/model")    that of --lora-rank, by peft
 
-All goes to runs/<task>__<exp_name>__<seed>__<time>/. `group_rewards` is where to put a reward of your own.
+All goes to runs/<task>__<exp_name>__<seed>__<time>/. `group_rewards` is where to put a reward of your own. For models of 7B,
+vLLM and long completions take integrations/gbpo_trl.py, the same loss inside TRL.
 """
 
 # /// script
