@@ -54,7 +54,7 @@ def runner(folder, **algorithm):
     model = {"class_name": "MLPModel", "hidden_dims": [32, 32], "activation": "elu", "obs_normalization": True}
     options = {"class_name": "bpo_rsl_rl:BPO", "learning_rate": 3e-3, "clip_param": 0.2, "use_clipped_value_loss": True}
     config = {
-        "actor": model | {"distribution_cfg": GAUSSIAN},
+        "actor": model | {"distribution_cfg": dict(GAUSSIAN)},
         "critic": model,
         "algorithm": options | {"rnd_cfg": None, "symmetry_cfg": None} | algorithm,
         "obs_groups": {"actor": ["policy"], "critic": ["policy"]},
