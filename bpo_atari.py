@@ -3,11 +3,13 @@
 PPO asks how far a policy may move and clips it there. BPO asks where it should go: of all policies whose ratio
 ρ = π(a|s)/π₀(a|s) to the old policy stays in the band [1−ε, 1+ε], the best is known in closed form. Regress onto it.
 
-    ρ* = 1 + ε·tanh(Ã/(2λ)),   Ã = Q(s,a) − μ(s)                      the best bounded ratio
-    μ  = argmin_u E_{a∼π₀}[ λ·softplus((Q−u)/λ) − ½(Q−u) ]            the soft median of Q, which makes E_{π₀}[ρ*] = 1
-    L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = Q(s,a) − V(s)            the policy loss
+    ρ* = 1 + ε·tanh(Ã/(2λ)),   Ã = R̂ − μ(s)                         the best ratio: 1+ε for good actions, 1−ε for bad ones
+    μ  = argmin_u E_{a∼π₀}[ λ·softplus((R̂−u)/λ) − ½(R̂−u) ]         the soft median of R̂, which makes E_{π₀}[ρ*] = 1
+    L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = R̂ − V(s)               the policy loss: μ picks the side, V gives the weight
 
-Q is the GAE(λ) return of the one action taken. Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
+R̂ is the GAE return of the action taken, an estimate of Q(s,a); V is its mean, PPO's critic. The temperature λ rounds the step
+from 1−ε to 1+ε; R̂ is so noisy that |R̂−μ| is nearly always far above λ, and ρ* an edge of the band.
+Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
     python bpo_atari.py --env-id ALE/Pong-v5                    trains; all goes to runs/<env>__<exp_name>__<seed>__<time>/
     python bpo_atari.py --env-id ALE/Pong-v5 --loss ppo         the same loop with PPO's clip and the authors' PPO settings
@@ -89,10 +91,10 @@ class Args:
     gamma: float = 0.98  # discount γ
     gae_lambda: float = 0.95  # λ of GAE, the generalised advantage estimator
     epsilon: float = 0.3  # half-width ε of the band the ratio is to stay in; PPO's clip
-    temperature: float = 1e-3  # λ, in (clipped) returns: advantages well above it ask for the band's edge
-    use_median: bool = True  # threshold at the soft median μ(s); --no-use-median: at the mean V(s), the paper's ablation
-    median_temperature: float = 1.0  # of the median loss; in theory it is λ, the authors have 1
-    norm_adv: bool = False  # divide by the minibatch's standard deviation: BPO's weight |A|, PPO's centred A
+    temperature: float = 1e-3  # λ, in units of the returns: where |R̂−μ| is far above it, ρ* is an edge of the band
+    use_median: bool = True  # ρ* changes sides where R̂ is μ(s); --no-use-median: where it is V(s), the paper's ablation
+    median_temperature: float = 1.0  # λ of the median loss; in theory that of ρ*, the authors have 1
+    norm_adv: bool = False  # divide by the minibatch's standard deviation: of BPO the weight |A|, of PPO the centred A
     vf_coef: float = 1.0  # coefficient of the value loss ½(R̂−V)²
     median_coef: float = 0.5  # coefficient of the median loss
     ent_coef: float = 1e-3  # coefficient of the entropy bonus
@@ -143,9 +145,9 @@ def bpo_loss(ratio, advantages, median_advantages, epsilon, temperature):
 
 
 def median_loss(returns, median_values, temperature):
-    """E[λ·softplus((Q−u)/λ) − ½(Q−u)], (B,), (B,) → a scalar: convex in u, least where u is the soft median of the returns."""
+    """E[λ·softplus((R̂−u)/λ) − ½(R̂−u)], (B,), (B,) → a scalar: convex in u, least where u is the soft median of the returns."""
     errors = returns - median_values
-    return (F.softplus(errors, beta=1 / temperature) - 0.5 * errors).mean()
+    return (F.softplus(errors, beta=1 / temperature) - 0.5 * errors).mean()  # torch's softplus(x, β) is softplus(βx)/β
 
 
 def ppo_loss(ratio, advantages, clip_coef):
@@ -317,7 +319,7 @@ class AtariEnvs(AtariVectorEnv):
 
 
 def total_loss(agent, args, obs, actions, logprobs, advantages, returns):
-    """The loss of a minibatch and its terms. BPO takes A and Ã against the critics as they are now, PPO A as it was."""
+    """The loss of a minibatch and its terms. BPO takes A and Ã anew with the critics as they are now, PPO A as it was."""
     new_logprobs, values, median_values = agent(obs)
     ratio = torch.exp(new_logprobs.gather(-1, actions[:, None])[:, 0] - logprobs)
     if args.loss == "ppo":
@@ -338,7 +340,7 @@ def total_loss(agent, args, obs, actions, logprobs, advantages, returns):
 
 
 def update(agent, optimizer, batch, args):
-    """Fits policy and critics to a rollout, tensors (B, …) in the order `total_loss` takes them; the terms' means."""
+    """Fits policy and critics to a rollout, tensors (B, …) in the order of `total_loss`; returns the mean of each term."""
     history = []
     for _ in range(args.update_epochs):
         shuffle = torch.randperm(len(batch[0]))

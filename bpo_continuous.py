@@ -3,11 +3,12 @@
 PPO asks how far a policy may move and clips it there. BPO asks where it should go: of all policies whose ratio
 ρ = π(a|s)/π₀(a|s) to the old policy stays in the band [1−ε, 1+ε], the best is known in closed form. Regress onto it.
 
-    ρ* = 1 + ε·tanh(Ã/(2λ)),   Ã = Q(s,a) − μ(s)                      the best bounded ratio
-    μ  = argmin_u E_{a∼π₀}[ λ·softplus((Q−u)/λ) − ½(Q−u) ]            the soft median of Q, which makes E_{π₀}[ρ*] = 1
-    L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = Q(s,a) − V(s)            the policy loss
+    ρ* = 1 + ε·tanh(Ã/(2λ)),   Ã = R̂ − μ(s)                         the best ratio: 1+ε for good actions, 1−ε for bad ones
+    μ  = argmin_u E_{a∼π₀}[ λ·softplus((R̂−u)/λ) − ½(R̂−u) ]         the soft median of R̂, which makes E_{π₀}[ρ*] = 1
+    L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = R̂ − V(s)               the policy loss: μ picks the side, V gives the weight
 
-Q is the GAE(λ) return of the one action taken: noisy, so that with a small λ nearly every target is an edge of the band.
+R̂ is the GAE return of the action taken, an estimate of Q(s,a); V is its mean, PPO's critic. The temperature λ rounds the step
+from 1−ε to 1+ε; R̂ is so noisy that |R̂−μ| is nearly always far above λ, and ρ* an edge of the band.
 Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
     python bpo_continuous.py --env-id Humanoid-v4                   trains; all goes to runs/<env>__<exp_name>__<seed>__<time>/
@@ -89,11 +90,11 @@ class Args:
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of GAE, the generalised advantage estimator
     epsilon: float = 0.3  # half-width ε of the band the ratio is to stay in
-    temperature: float = 1e-3  # λ, in (normalised) returns: advantages well above it ask for the band's edge
-    use_median: bool = True  # threshold at the soft median μ(s); --no-use-median: at the mean V(s), the paper's ablation
+    temperature: float = 1e-3  # λ, in units of the (normalised) returns: where |R̂−μ| is far above it, ρ* is an edge of the band
+    use_median: bool = True  # ρ* changes sides where R̂ is μ(s); --no-use-median: where it is V(s), the paper's ablation
     median_head: Literal["shared", "separate"] = "shared"  # μ is the critic's second output, or an MLP on its features
-    median_temperature: float | None = None  # of the median loss; none: λ, as in theory; authors: 1
-    norm_adv: bool = True  # divide the weight |A| by the minibatch's standard deviation of A (it is not centred)
+    median_temperature: float | None = None  # λ of the median loss; none: --temperature, as in theory; authors: 1
+    norm_adv: bool = True  # divide the weight |A| by the standard deviation of A in the minibatch; A is not centred
     vf_coef: float = 0.5  # coefficient of the value loss ½(R̂−V)²
     median_coef: float = 0.5  # coefficient of the median loss
     ent_coef: float = 3e-3  # coefficient of the entropy bonus
@@ -103,8 +104,8 @@ class Args:
     hidden_size: int = 64  # width of the two hidden layers
     activation: Literal["tanh", "relu"] = "tanh"  # activation of the hidden layers
     log_std_init: float = -0.7  # log σ of the first policy
-    actor_gain: float = 0.0  # of the actor's last layer at the start; 0: the first policy is N(0, σ²) everywhere; authors: 0.01
-    rescale_actions: bool = False  # the policy's [−1, 1] is the task's whole range of actions, as gymnasium's RescaleAction
+    actor_gain: float = 0.0  # size of the actor's last layer at the start; 0: the first policy is N(0, σ²) in every state
+    rescale_actions: bool = False  # stretch the policy's [−1, 1] to the task's range of actions, as gymnasium's RescaleAction
 
     checkpoint_every: int = 10  # iterations between checkpoints
     eval_every: int = 0  # iterations between evaluations while training, whose best policy is kept as best.pt; 0: none
@@ -152,9 +153,9 @@ def bpo_loss(ratio, advantages, median_advantages, epsilon, temperature):
 
 
 def median_loss(returns, median_values, temperature):
-    """E[λ·softplus((Q−u)/λ) − ½(Q−u)], (B,), (B,) → a scalar: convex in u, least where u is the soft median of the returns."""
+    """E[λ·softplus((R̂−u)/λ) − ½(R̂−u)], (B,), (B,) → a scalar: convex in u, least where u is the soft median of the returns."""
     errors = returns - median_values
-    return (F.softplus(errors, beta=1 / temperature) - 0.5 * errors).mean()
+    return (F.softplus(errors, beta=1 / temperature) - 0.5 * errors).mean()  # torch's softplus(x, β) is softplus(βx)/β
 
 
 def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
@@ -191,7 +192,7 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.args, self.action_bounds = args, (np.full(action_dim, -np.inf), np.full(action_dim, np.inf))
+        self.args, self.action_bounds = args, (np.full(action_dim, -np.inf), np.full(action_dim, np.inf))  # `train` sets them
         output = layer_init(nn.Linear(args.hidden_size, action_dim), args.actor_gain)
         self.actor_mean = hidden_layers(obs_dim, args).append(output)
         self.actor_logstd = nn.Parameter(torch.full((action_dim,), args.log_std_init))
@@ -259,7 +260,7 @@ class RunningMeanStd(nn.Module):
 
 
 def in_numpy(network):
-    """The same function of float32 arrays, on the memory of the weights: for a few rows torch costs more than arithmetic."""
+    """The same function of float32 arrays, on the memory of the weights: for one row torch takes several times as long."""
 
     def in_torch(layer):
         return lambda x: layer(torch.from_numpy(x)).detach().numpy()
@@ -301,7 +302,7 @@ def make_env(env_id, video_folder=None, name_prefix="train"):
     space, actions = env.observation_space, env.action_space
     if not isinstance(actions, gym.spaces.Box) or not np.issubdtype(actions.dtype, np.floating):
         sys.exit(f"{SCRIPT}: {env_id}'s actions are {actions}: this script is for continuous actions, a Box of reals")
-    image = isinstance(space, gym.spaces.Box) and len(space.shape) > 1 + (space.dtype != np.uint8)
+    image = isinstance(space, gym.spaces.Box) and len(space.shape) > 1 + (space.dtype != np.uint8)  # (H, W) bytes, or (H, W, C)
     if image or not space.is_np_flattenable:
         sys.exit(f"{SCRIPT}: {env_id} observes {space}: this script takes vectors, and no images")
     if video_folder:
@@ -336,24 +337,24 @@ def make_envs(args, run_dir):
 
 
 def total_loss(agent, args, obs, actions, logprobs, returns):
-    """The loss of a minibatch, and its terms (K,). A and Ã are taken against the critics as they are now, without gradient."""
+    """The loss of a minibatch; its terms (4,). Unlike PPO's A, BPO's A and Ã are taken anew, with the critics as they are now."""
     ratio = torch.exp(agent.log_prob(obs, actions) - logprobs)
     values, median_values = agent.get_values(obs)
     advantages = (returns - values).detach()
     median_advantages = (returns - median_values).detach() if args.use_median else advantages
     if args.norm_adv:
-        advantages = advantages / (advantages.std() + 1e-8)
+        advantages = advantages / (advantages.std() + 1e-8)  # a weight; Ã, which gives the target, keeps its unit
 
     policy_loss = bpo_loss(ratio, advantages, median_advantages, args.epsilon, args.temperature)
     value_loss = 0.5 * F.mse_loss(values, returns)
-    mu_loss = args.use_median * median_loss(returns, median_values, args.median_temperature or args.temperature)
+    mu_loss = median_loss(returns, median_values, args.median_temperature or args.temperature) * args.use_median
     entropy = agent.entropy()
     loss = policy_loss + args.vf_coef * value_loss + args.median_coef * mu_loss - args.ent_coef * entropy
     return loss, torch.stack([policy_loss, value_loss, mu_loss, entropy])
 
 
 def gradient(agent, args, *minibatch):
-    """The gradient of the total loss, clipped, as one vector (P,), and the terms of the loss (K,)."""
+    """The clipped gradient of the total loss, one vector (P,) over all parameters, and the terms of the loss."""
     loss, terms = total_loss(agent, args, *minibatch)
     grad = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
     grad = grad * (args.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
@@ -361,15 +362,15 @@ def gradient(agent, args, *minibatch):
 
 
 def step(agent, optimizer, args, *minibatch):
-    """One step of Adam on a minibatch; returns the terms of the loss (K,)."""
-    (weights,) = optimizer.param_groups[0]["params"]
+    """One step of Adam on a minibatch; returns the terms of the loss. `--compile` puts a faster one in its place."""
+    (weights,) = optimizer.param_groups[0]["params"]  # the one vector that all layers are views of: see `train`
     weights.grad, terms = gradient(agent, args, *minibatch)
     optimizer.step()
     return terms
 
 
 def update(agent, optimizer, batch, args, step=step):
-    """Fits policy and critics to a rollout, tensors (B, …) in the order `total_loss` takes them; the terms' means (K,)."""
+    """Fits policy and critics to a rollout, tensors (B, …) in the order of `total_loss`; returns the mean of each term."""
     history = []
     for _ in range(args.update_epochs):
         shuffle = torch.randperm(len(batch[0]))
@@ -379,7 +380,10 @@ def update(agent, optimizer, batch, args, step=step):
 
 
 def train(args, run=None):
-    """Trains, evaluates and draws the learning curve; returns the run folder. `run` is what `begin(args)` gives."""
+    """Trains, evaluates and draws the learning curve; returns the run folder.
+
+    `run` is what `begin(args)` makes: run folder, arguments, and the checkpoint of a run that goes on, or None.
+    """
     run_dir, args, checkpoint = run or begin(args)
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -414,7 +418,7 @@ def train(args, run=None):
             print(f"the simulator of {args.env_id} can't be saved: new episodes begin")
 
     shape = (args.num_steps, args.num_envs)
-    obs, final_obs = np.zeros((2, *shape, obs_dim), np.result_type(next_obs, np.float32))  # before and after each action
+    obs, successors = np.zeros((2, *shape, obs_dim), np.result_type(next_obs, np.float32))  # before and after each action
     actions = np.zeros((*shape, action_dim), np.float32)
     rewards, discounted_returns = np.zeros(shape), np.zeros(shape)
     terminations, truncations = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -437,20 +441,20 @@ def train(args, run=None):
             obs[t] = next_obs
             actions[t] = action = actor(agent.normalize(next_obs)) + noise[t]
             next_obs, rewards[t], terminations[t], truncations[t], infos = envs.step(agent.bound(action))
-            final_obs[t] = next_obs
+            successors[t] = next_obs
             discounted_returns[t] = discounted = args.gamma * discounted + rewards[t]
             episode_return += rewards[t]
             episode_length += 1
             for i in np.flatnonzero(terminations[t] | truncations[t]):
-                final_obs[t, i] = infos["final_obs"][i]  # next_obs is a new episode's
+                successors[t, i] = infos["final_obs"][i]  # next_obs is a new episode's
                 log.episode(iteration * batch_size + (t + 1) * args.num_envs, episode_return[i], episode_length[i])
                 episode_return[i] = episode_length[i] = discounted[i] = 0
         iteration += 1
 
         # Advantages and returns. The statistics of the observations stand still while a rollout is collected and learned
-        # from, so that π₀ is one policy; only the first rollout sets them beforehand, if its policy ignored its input.
-        first = iteration == 1 and args.actor_gain == 0
-        if first:
+        # from, so that π₀ is one policy. The first rollout alone may set them before: with --actor-gain 0 it used no input.
+        unused = iteration == 1 and args.actor_gain == 0
+        if unused:
             agent.obs_rms.update(obs.reshape(batch_size, -1))
         agent.return_rms.update(discounted_returns.flatten())
         scaled_rewards = torch.from_numpy(rewards)
@@ -460,7 +464,7 @@ def train(args, run=None):
         with torch.no_grad():
             b_logprobs = agent.log_prob(b_obs, b_actions)
             values, _ = agent.get_values(b_obs)
-            next_values, _ = agent.get_values(torch.from_numpy(agent.normalize(final_obs)))
+            next_values, _ = agent.get_values(torch.from_numpy(agent.normalize(successors)))
         ends = torch.from_numpy(terminations).float(), torch.from_numpy(terminations | truncations).float()
         advantages = gae(scaled_rewards.float(), values, next_values, *ends, args.gamma, args.gae_lambda)
         b_returns = advantages + values
@@ -468,7 +472,7 @@ def train(args, run=None):
         # Update.
         batch = [tensor.flatten(0, 1) for tensor in (b_obs, b_actions, b_logprobs, b_returns)]
         terms = update(agent, optimizer, batch, args, update_step)
-        if not first:
+        if not unused:
             agent.obs_rms.update(obs.reshape(batch_size, -1))
 
         metrics = dict(zip(("policy_loss", "value_loss", "median_loss", "entropy"), terms)) | ratio_metrics(agent, args, *batch)

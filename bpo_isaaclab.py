@@ -3,11 +3,13 @@
 PPO asks how far a policy may move and clips it there. BPO asks where it should go: of all policies whose ratio
 ρ = π(a|s)/π₀(a|s) to the old policy stays in the band [1−ε, 1+ε], the best is known in closed form. Regress onto it.
 
-    ρ* = 1 + ε·tanh(Ã/(2λ)),   Ã = Q(s,a) − μ(s)                      the best bounded ratio
-    μ  = argmin_u E_{a∼π₀}[ λ·softplus((Q−u)/λ) − ½(Q−u) ]            the soft median of Q, which makes E_{π₀}[ρ*] = 1
-    L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = Q(s,a) − V(s)            the policy loss
+    ρ* = 1 + ε·tanh(Ã/(2λ)),   Ã = R̂ − μ(s)                         the best ratio: 1+ε for good actions, 1−ε for bad ones
+    μ  = argmin_u E_{a∼π₀}[ λ·softplus((R̂−u)/λ) − ½(R̂−u) ]         the soft median of R̂, which makes E_{π₀}[ρ*] = 1
+    L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = R̂ − V(s)               the policy loss: μ picks the side, V gives the weight
 
-Q is the GAE(λ) return of the action taken. Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
+R̂ is the GAE return of the action taken, an estimate of Q(s,a); V is its mean, PPO's critic. The temperature λ rounds the step
+from 1−ε to 1+ε; R̂ is so noisy that |R̂−μ| is nearly always far above λ, and ρ* an edge of the band.
+Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
     python bpo_isaaclab.py --task Isaac-Humanoid                        trains; all goes into a folder of runs/
     python bpo_isaaclab.py --task Mjlab-Velocity-Flat-Unitree-G1        the same on mjlab, which needs no asset server
@@ -91,9 +93,9 @@ class Args:
     gamma: float | None = None  # discount γ
     gae_lambda: float | None = None  # λ of GAE, the generalised advantage estimator
     epsilon: float | None = None  # half-width ε of the band the ratio is to stay in; PPO's clip; none with BPO: PAPER's
-    temperature: float = 1e-2  # λ, in returns: advantages well above it ask for the band's edge
-    use_median: bool = True  # threshold at the soft median μ(s); --no-use-median: at the mean V(s), the paper's ablation
-    median_temperature: float = 1.0  # of the median loss; in theory it is λ, the authors have 1
+    temperature: float = 1e-2  # λ, in units of the returns: where |R̂−μ| is far above it, ρ* is an edge of the band
+    use_median: bool = True  # ρ* changes sides where R̂ is μ(s); --no-use-median: where it is V(s), the paper's ablation
+    median_temperature: float = 1.0  # λ of the median loss; in theory that of ρ*, the authors have 1
     online_adv: tyro.conf.DisallowNone[bool | None] = None  # weight |R̂−V| anew; --no-…: the rollout's normalised advantages
     clip_vloss: bool | None = None  # PPO: clip the change of the value by ε too
     vf_coef: float | None = None  # coefficient of the value loss (R̂−V)²
@@ -131,9 +133,9 @@ def bpo_loss(ratio, advantages, median_advantages, epsilon, temperature):
 
 
 def median_loss(returns, median_values, temperature):
-    """E[λ·softplus((Q−u)/λ) − ½(Q−u)], (B,), (B,) → a scalar: convex in u, least where u is the soft median of the returns."""
+    """E[λ·softplus((R̂−u)/λ) − ½(R̂−u)], (B,), (B,) → a scalar: convex in u, least where u is the soft median of the returns."""
     errors = returns - median_values
-    return (F.softplus(errors, beta=1 / temperature) - 0.5 * errors).mean()
+    return (F.softplus(errors, beta=1 / temperature) - 0.5 * errors).mean()  # torch's softplus(x, β) is softplus(βx)/β
 
 
 def ppo_loss(ratio, advantages, clip_coef):
@@ -327,7 +329,7 @@ def estimate_returns(agent, rollout, args):
 
 
 def total_loss(agent, args, batch, old_logstd):
-    """The loss of a minibatch, its terms, and KL(π₀‖π). BPO takes A and Ã against the critics as they are now."""
+    """The loss of a minibatch, its terms, and KL(π₀‖π). BPO takes A and Ã anew, with the critics as they are now."""
     means, logstd = agent.actor(batch["obs"]), agent.actor_logstd
     ratio = torch.exp(log_prob(batch["actions"], means, logstd) - batch["logprobs"])
     values, median_values = agent.get_values(batch["critic_obs"])
@@ -337,8 +339,8 @@ def total_loss(agent, args, batch, old_logstd):
     else:
         advantages = (batch["returns"] - values).detach()
         median_advantages = (batch["returns"] - median_values).detach() if args.use_median else advantages
-        weights = advantages if args.online_adv else batch["normalized_advantages"]
-        policy_loss = bpo_loss(ratio, weights, median_advantages, args.epsilon, args.temperature)
+        weight = advantages if args.online_adv else batch["normalized_advantages"]  # its sign is of no account
+        policy_loss = bpo_loss(ratio, weight, median_advantages, args.epsilon, args.temperature)
         value_clip, mu_loss = math.inf, median_loss(batch["returns"], median_values, args.median_temperature) * args.use_median
     value_loss = clipped_value_loss(values, batch["values"], batch["returns"], value_clip)
     entropy = (logstd + 0.5 * math.log(2 * math.pi * math.e)).sum()

@@ -94,8 +94,8 @@ class Args:
     hidden_size: int = 64  # width of the two hidden layers
     activation: Literal["tanh", "relu"] = "tanh"  # activation of the hidden layers
     log_std_init: float = 0.0  # log σ of the first policy
-    actor_gain: float = 0.0  # of the actor's last layer at the start; 0: the first policy is N(0, σ²) everywhere; authors: 0.01
-    rescale_actions: bool = False  # the policy's [−1, 1] is the task's whole range of actions, as gymnasium's RescaleAction
+    actor_gain: float = 0.0  # size of the actor's last layer at the start; 0: the first policy is N(0, σ²) in every state
+    rescale_actions: bool = False  # stretch the policy's [−1, 1] to the task's range of actions, as gymnasium's RescaleAction
 
     checkpoint_every: int = 10  # iterations between checkpoints
     eval_every: int = 0  # iterations between evaluations while training, whose best policy is kept as best.pt; 0: none
@@ -177,7 +177,7 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.args, self.action_bounds = args, (np.full(action_dim, -np.inf), np.full(action_dim, np.inf))
+        self.args, self.action_bounds = args, (np.full(action_dim, -np.inf), np.full(action_dim, np.inf))  # `train` sets them
         output = layer_init(nn.Linear(args.hidden_size, action_dim), args.actor_gain)
         self.actor_mean = hidden_layers(obs_dim, args).append(output)
         self.actor_logstd = nn.Parameter(torch.full((action_dim,), args.log_std_init))
@@ -238,7 +238,7 @@ class RunningMeanStd(nn.Module):
 
 
 def in_numpy(network):
-    """The same function of float32 arrays, on the memory of the weights: for a few rows torch costs more than arithmetic."""
+    """The same function of float32 arrays, on the memory of the weights: for one row torch takes several times as long."""
 
     def in_torch(layer):
         return lambda x: layer(torch.from_numpy(x)).detach().numpy()
@@ -280,7 +280,7 @@ def make_env(env_id, video_folder=None, name_prefix="train"):
     space, actions = env.observation_space, env.action_space
     if not isinstance(actions, gym.spaces.Box) or not np.issubdtype(actions.dtype, np.floating):
         sys.exit(f"{SCRIPT}: {env_id}'s actions are {actions}: this script is for continuous actions, a Box of reals")
-    image = isinstance(space, gym.spaces.Box) and len(space.shape) > 1 + (space.dtype != np.uint8)
+    image = isinstance(space, gym.spaces.Box) and len(space.shape) > 1 + (space.dtype != np.uint8)  # (H, W) bytes, or (H, W, C)
     if image or not space.is_np_flattenable:
         sys.exit(f"{SCRIPT}: {env_id} observes {space}: this script takes vectors, and no images")
     if video_folder:
@@ -315,7 +315,7 @@ def make_envs(args, run_dir):
 
 
 def total_loss(agent, args, obs, actions, logprobs, old_values, advantages, returns):
-    """The loss of a minibatch, and its terms (K,)."""
+    """The loss of a minibatch; its terms (3,)."""
     ratio = torch.exp(agent.log_prob(obs, actions) - logprobs)
     values = agent.get_value(obs)
     if args.norm_adv:
@@ -329,7 +329,7 @@ def total_loss(agent, args, obs, actions, logprobs, old_values, advantages, retu
 
 
 def gradient(agent, args, *minibatch):
-    """The gradient of the total loss, clipped, as one vector (P,), and the terms of the loss (K,)."""
+    """The clipped gradient of the total loss, one vector (P,) over all parameters, and the terms of the loss."""
     loss, terms = total_loss(agent, args, *minibatch)
     grad = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
     grad = grad * (args.max_grad_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
@@ -337,15 +337,15 @@ def gradient(agent, args, *minibatch):
 
 
 def step(agent, optimizer, args, *minibatch):
-    """One step of Adam on a minibatch; returns the terms of the loss (K,)."""
-    (weights,) = optimizer.param_groups[0]["params"]
+    """One step of Adam on a minibatch; returns the terms of the loss. `--compile` puts a faster one in its place."""
+    (weights,) = optimizer.param_groups[0]["params"]  # the one vector that all layers are views of: see `train`
     weights.grad, terms = gradient(agent, args, *minibatch)
     optimizer.step()
     return terms
 
 
 def update(agent, optimizer, batch, args, step=step):
-    """Fits policy and critics to a rollout, tensors (B, …) in the order `total_loss` takes them; the terms' means (K,)."""
+    """Fits policy and critics to a rollout, tensors (B, …) in the order of `total_loss`; returns the mean of each term."""
     history = []
     for _ in range(args.update_epochs):
         shuffle = torch.randperm(len(batch[0]))
@@ -355,7 +355,10 @@ def update(agent, optimizer, batch, args, step=step):
 
 
 def train(args, run=None):
-    """Trains, evaluates and draws the learning curve; returns the run folder. `run` is what `begin(args)` gives."""
+    """Trains, evaluates and draws the learning curve; returns the run folder.
+
+    `run` is what `begin(args)` makes: run folder, arguments, and the checkpoint of a run that goes on, or None.
+    """
     run_dir, args, checkpoint = run or begin(args)
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -390,7 +393,7 @@ def train(args, run=None):
             print(f"the simulator of {args.env_id} can't be saved: new episodes begin")
 
     shape = (args.num_steps, args.num_envs)
-    obs, final_obs = np.zeros((2, *shape, obs_dim), np.result_type(next_obs, np.float32))  # before and after each action
+    obs, successors = np.zeros((2, *shape, obs_dim), np.result_type(next_obs, np.float32))  # before and after each action
     actions = np.zeros((*shape, action_dim), np.float32)
     rewards, discounted_returns = np.zeros(shape), np.zeros(shape)
     terminations, truncations = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -413,20 +416,20 @@ def train(args, run=None):
             obs[t] = next_obs
             actions[t] = action = actor(agent.normalize(next_obs)) + noise[t]
             next_obs, rewards[t], terminations[t], truncations[t], infos = envs.step(agent.bound(action))
-            final_obs[t] = next_obs
+            successors[t] = next_obs
             discounted_returns[t] = discounted = args.gamma * discounted + rewards[t]
             episode_return += rewards[t]
             episode_length += 1
             for i in np.flatnonzero(terminations[t] | truncations[t]):
-                final_obs[t, i] = infos["final_obs"][i]  # next_obs is a new episode's
+                successors[t, i] = infos["final_obs"][i]  # next_obs is a new episode's
                 log.episode(iteration * batch_size + (t + 1) * args.num_envs, episode_return[i], episode_length[i])
                 episode_return[i] = episode_length[i] = discounted[i] = 0
         iteration += 1
 
         # Advantages and returns. The statistics of the observations stand still while a rollout is collected and learned
-        # from, so that π₀ is one policy; only the first rollout sets them beforehand, if its policy ignored its input.
-        first = iteration == 1 and args.actor_gain == 0
-        if first:
+        # from, so that π₀ is one policy. The first rollout alone may set them before: with --actor-gain 0 it used no input.
+        unused = iteration == 1 and args.actor_gain == 0
+        if unused:
             agent.obs_rms.update(obs.reshape(batch_size, -1))
         agent.return_rms.update(discounted_returns.flatten())
         scaled_rewards = torch.from_numpy(rewards)
@@ -436,7 +439,7 @@ def train(args, run=None):
         with torch.no_grad():
             b_logprobs = agent.log_prob(b_obs, b_actions)
             values = agent.get_value(b_obs)
-            next_values = agent.get_value(torch.from_numpy(agent.normalize(final_obs)))
+            next_values = agent.get_value(torch.from_numpy(agent.normalize(successors)))
         ends = torch.from_numpy(terminations).float(), torch.from_numpy(terminations | truncations).float()
         advantages = gae(scaled_rewards.float(), values, next_values, *ends, args.gamma, args.gae_lambda)
         b_returns = advantages + values
@@ -444,7 +447,7 @@ def train(args, run=None):
         # Update.
         batch = [tensor.flatten(0, 1) for tensor in (b_obs, b_actions, b_logprobs, values, advantages, b_returns)]
         terms = update(agent, optimizer, batch, args, update_step)
-        if not first:
+        if not unused:
             agent.obs_rms.update(obs.reshape(batch_size, -1))
 
         metrics = dict(zip(("policy_loss", "value_loss", "entropy"), terms)) | ratio_metrics(agent, args, *batch)
