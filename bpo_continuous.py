@@ -337,7 +337,7 @@ def make_envs(args, run_dir):
 
 
 def total_loss(agent, args, obs, actions, logprobs, returns):
-    """The loss of a minibatch; its terms (4,). Unlike PPO's A, BPO's A and Ã are taken anew, with the critics as they are now."""
+    """The loss of a minibatch; its terms (4,). Unlike PPO's, A and Ã are taken anew, with the critics as they are now."""
     ratio = torch.exp(agent.log_prob(obs, actions) - logprobs)
     values, median_values = agent.get_values(obs)
     advantages = (returns - values).detach()

@@ -18,11 +18,9 @@ Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
     python bpo_isaaclab.py --resume runs/<run>                          goes on with a run, in new episodes
     python bpo_isaaclab.py --evaluate runs/<run> --capture-video        plays what was learned, and films it (mjlab)
 
-In Python, load_agent("runs/<run>").act(obs) is the trained policy's mean action; it needs no simulator.
-
-Networks, steps, epochs, learning rate and what else no flag sets are the task's own, from its rsl_rl configuration; a line
-says where this script can't follow it. The actor's last layer starts at zero. Observations are normalised as in rsl_rl 5.5, by
-statistics that move after each update; mjlab's 5.4 moves them at each step. BPO has the changes in PAPER below.
+In Python, load_agent("runs/<run>").act(obs) is the trained policy's mean action; it needs no simulator. What no flag sets, such
+as networks and steps, is as the task's rsl_rl configuration says; BPO has the changes in PAPER below. Observations are
+normalised as in rsl_rl 5.5, by statistics that move after each update; mjlab's 5.4 moves them at each step.
 """
 
 # /// script
