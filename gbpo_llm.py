@@ -2,12 +2,14 @@
 
 GRPO asks how far the ratio of a token may move and clips it there. GBPO asks where it should go: of all policies whose ratio
 ρ = π/π₀ to the old policy stays in the band [1−ε_low, 1+ε_high], the best is known in closed form. Regress onto it. To
-each prompt π₀ gives a group of G completions; r_i is the reward of completion i; mean, median, deviation s are its group's:
+each prompt π₀ gives a group of G completions. r_i is the reward of completion i; mean, median and sample deviation s are over
+its group; λ, the temperature, rounds the step from 1−ε_low to 1+ε_high; E is the mean over a minibatch's completion tokens:
 
     ρ*_i = 1 − ε_low + (ε_low + ε_high)·σ((r_i − median)/((s + 1e-6)·λ))     the best bounded ratio of completion i
     A_i  = (r_i − mean)/(s + 1e-6)                                           its advantage
     L    = E_{i,t}[ |A_i|·|ρ_{i,t} − ρ*_i| ],  ρ_{i,t} the ratio of token t    the policy loss
 
+With rewards of 0 and 1 the majority of a group ties with the median, so its ρ* is 1: only the minority is moved, to an edge.
 Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
     python gbpo_llm.py                                 a tiny Llama learns from scratch, in seconds on any laptop
@@ -213,7 +215,7 @@ def group_target_ratios(rewards, epsilon_low, epsilon_high, temperature, thresho
 
 def log_ratio(logprobs, old_logprobs, mask, level="token"):
     """log ρ of each token, with "sequence" the mean over its completion (GSPO): (B, T), (B, T), mask (B, T) → (B, T)."""
-    difference = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)
+    difference = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20, 20)  # no overflow, and no gradient, beyond
     if level == "token":
         return difference
     return (difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)).expand(mask.shape)
@@ -423,7 +425,7 @@ def largest_digit_task():
 
 
 def group_rewards(completions, example, task, args):
-    """Rewards of the G answers (texts) to one question (its dict): a list of G floats. A reward of your own goes here.
+    """Rewards of the G answers (texts) to one prompt (its dict): a list of G floats. A reward of your own goes here.
 
     `--reward majority` is TTRL (Zuo et al., 2025): no label is read, the group's most frequent answer is taken for the truth,
     the earliest of equally frequent ones; what is no answer has no vote.
@@ -488,14 +490,14 @@ def decode(tokenizer, tokens, args):
     return text.split("\n")[0] if args.few_shot else text
 
 
-# The KL is to π₀; ratios outside the band; |ρ − ρ*|.
+# approx_kl is the KL to π₀, clipfrac the share of ratios outside the band, ratio_error |ρ − ρ*|. The names are CleanRL's.
 METRICS = ("policy_loss", "approx_kl", "clipfrac", "ratio_error", "reference_kl", "entropy")
 
 
 def total_loss(policy, microbatch, batch, args):
     """The loss on a microbatch of `update`'s batch, a scalar, and `METRICS` of it, (6,)."""
     logprobs, entropies = policy(microbatch, args.ent_coef > 0)
-    if microbatch.old_logprobs is None:  # before the first step π is π₀ to the last digit
+    if microbatch.old_logprobs is None:  # the first minibatch of the first epoch: π is π₀ still, to the last digit
         microbatch.old_logprobs = logprobs.detach()
     old_logprobs, mask, level = microbatch.old_logprobs, microbatch.mask, args.ratio_level
     advantages, target_ratios = (batch[name][microbatch.completions] for name in ("advantages", "target_ratios"))
@@ -525,7 +527,7 @@ def update(policy, reference, optimizer, prompts, completions, batch, args, acce
     device, groups = accelerator.device, batch["groups"]
 
     def microbatches(indices):
-        """[(microbatch, its share of the minibatch), …], as many on each process: who has fewer adds some without a share."""
+        """[(microbatch, its share of the minibatch), …], as many on each process, some with a share of 0 if need be."""
         chunks = split(prompts, completions, indices.flatten().tolist(), args)
         packed = [pack(prompts, completions, args.group_size, chunk, device) for chunk in chunks]
         weights = [len(m.targets) if args.ratio_level == "token" else len(m.completions) for m in packed]
@@ -551,7 +553,7 @@ def update(policy, reference, optimizer, prompts, completions, batch, args, acce
             for i, (microbatch, share) in enumerate(minibatch):
                 with contextlib.nullcontext() if i == len(minibatch) - 1 else accelerator.no_sync(policy):
                     loss, metrics = total_loss(policy, microbatch, batch, args)
-                    accelerator.backward(share * loss)  # processes' gradients are averaged
+                    accelerator.backward(share * loss)  # the shares of all processes have the mean 1, as DDP takes means
                 sums += share * metrics
             if not math.isfinite(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)):
                 raise FloatingPointError("the gradient is not finite")
@@ -597,7 +599,7 @@ def train(args, total_batches=None):
     start_time = saved_time = time.time()
     before = state["seconds"]  # in earlier sessions
     num_samples = max(args.group_size, args.vote_size or 0) if args.reward == "majority" else args.group_size  # to a prompt
-    collapsed = resumable = False
+    collapsed, resumable = False, False
 
     def reference(microbatch):
         if not reference_model:
@@ -630,7 +632,8 @@ def train(args, total_batches=None):
             save()
         while state["batch"] < args.total_batches:
             # Rollout. Each process has its share of the prompts, and its own random numbers.
-            resumable, batch_time = True, time.time()
+            resumable = True  # until the update begins, the weights are those of the last whole batch
+            batch_time = time.time()
             optimizer.param_groups[0]["lr"] = learning_rate(state["batch"], args)
             chosen = batch_prompts(len(task.train), state["batch"], args)[rank::world]
             prompts = [train_prompts[i] for i in chosen]
@@ -640,7 +643,8 @@ def train(args, total_batches=None):
                 completions, entropy = generate_all(own_policy, *given)
             texts = [decode(tokenizer, completion, args) for completion in completions]
 
-            # Rewards and group statistics. Groups of equal rewards have no advantage: they feel KL and entropy alone.
+            # Rewards and group statistics. Groups of equal rewards have no advantage: they are left out, tokens and all, unless
+            # there is a KL or an entropy bonus, which they feel.
             PROBLEMS.clear()
             groups = [texts[k * num_samples : (k + 1) * num_samples] for k in range(len(chosen))]
             rewards = [finite_rewards(group_rewards(group, task.train[i], task, args)) for group, i in zip(groups, chosen)]
@@ -650,7 +654,7 @@ def train(args, total_batches=None):
             targets = group_target_ratios(rewards, args.epsilon_low, args.epsilon_high, args.target_temperature, args.threshold)
             batch = {"advantages": group_advantages(rewards).flatten(), "target_ratios": targets.flatten()}
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            batch["groups"] = learned * args.group_size + torch.arange(args.group_size)
+            batch["groups"] = learned * args.group_size + torch.arange(args.group_size)  # (·, G) indices of completions
             lengths = [float(len(completion)) for completion in completions]
             completions = [completion for k, completion in enumerate(completions) if k % num_samples < args.group_size]
             if args.reward == "majority" and len(chosen) > 1 and not collapsed:
@@ -660,7 +664,8 @@ def train(args, total_batches=None):
                                "the vote has collapsed and teaches nothing more (docs/llm.md)", file=sys.stderr)  # fmt: skip
 
             # Update.
-            resumable, shuffle = False, sampling_generator("cpu", args.seed, 2, state["batch"], rank)
+            resumable = False
+            shuffle = sampling_generator("cpu", args.seed, 2, state["batch"], rank)
             try:
                 metrics = update(policy, reference, optimizer, prompts, completions, batch, args, accelerator, shuffle)
             except FloatingPointError as error:
@@ -691,7 +696,7 @@ def train(args, total_batches=None):
             evaluate_now()
             save()
     except KeyboardInterrupt:
-        if resumable:  # the weights are those of the last whole batch
+        if resumable:
             save()
         if log:
             log.close(state)
@@ -802,7 +807,7 @@ def check_model(policy, prompts, args):
     config, longest = model.config.get_text_config(), max(prompts, key=len)
     tolerance = max(torch.finfo(model.dtype).eps, 1e-7) ** 0.5  # of the logits' spread
     pair = [longest, longest[: max(2, len(longest) // 2)]]
-    ends = torch.arange(0, config.vocab_size, 2, device=device)  # answers end at different steps
+    ends = torch.arange(0, config.vocab_size, 2, device=device)  # completions end at different steps
     probe = Policy(model, ends, replace(args, max_new_tokens=min(args.max_new_tokens, 6), sampling_temperature=1.0))
     probe.train(policy.training)
 
@@ -833,7 +838,7 @@ def check_model(policy, prompts, args):
                  f"samples or rows differ from plain forward passes ({problem})")  # fmt: skip
     if args.row_tokens == 0:
         return
-    # A full row of a whole group: its last answer is furthest from the question, and must not feel the others.
+    # A full row of a whole group: its last completion is furthest from the prompt, and must not feel the others.
     size, limit = args.group_size, args.row_tokens or args.tokens_per_microbatch
     length = min(args.max_new_tokens, max(1, (limit - len(longest)) // size))
     answers = [[longest[(i + t) % len(longest)] for t in range(length)] for i in range(size)]
@@ -893,7 +898,7 @@ def prepare(args):
 
 
 def reasoning_gym_task(name, args):
-    """About 2000 different questions of a dataset of reasoning-gym, with its own scorer; at most a fifth is held out."""
+    """About 2000 different prompts of a dataset of reasoning-gym, with its own scorer; at most a fifth is held out."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -1171,7 +1176,7 @@ def can_be_computed(text):
 
 
 def math_score(answer, example):
-    """1 if the answer is mathematically that of the question, or one of several; else 0."""
+    """1 if the answer is mathematically that of the example, or one of several; else 0."""
     answer, golds = answer.strip(), example["answer"] if isinstance(example["answer"], list) else [example["answer"]]
     return float(answer != "" and any(answer == gold.strip() or same_math(extract_answer(gold), answer) for gold in golds))
 
@@ -1179,7 +1184,7 @@ def math_score(answer, example):
 # Scoring in a process of its own --------------------------------------------------------------------------------------
 
 
-# Some scorers run answers as Python. So answers are scored by a process that forks one for each question and keeps that from
+# Some scorers run answers as Python. So answers are scored by a process that forks one for each prompt and keeps that from
 # all but reading and computing: a filter of Linux's (seccomp) ends it at any other call.
 WORKER = r"""
 import ctypes, gc, json, logging, os, pickle, platform, resource, signal, socket, struct, sys
@@ -1408,7 +1413,7 @@ def write_config(run_dir, args):
 
 
 def start_wandb(args, run_dir):
-    """Weights & Biases as in CleanRL: what TensorBoard gets, the code, the configuration; videos follow at the end."""
+    """Weights & Biases as in CleanRL: what TensorBoard gets, the code, the configuration."""
     import wandb
 
     name, script = run_dir.resolve().name, Path(__file__).resolve()
@@ -1597,7 +1602,7 @@ def describe(evaluation, args):
 
 
 def evaluate_run(folder, eval_prompts, eval_samples):
-    """Prints what the model of a run folder, of its checkpoint, or of its best or model, scores on held-out questions."""
+    """Prints what the model of a run folder, of its checkpoint, or of its best or model, scores on held-out prompts."""
     saved = Path(folder).resolve() if (Path(folder) / "tokenizer_config.json").exists() else None
     state, tensors = load_checkpoint(saved.parent if saved else folder)
     args = replace(state["args"], eval_samples=eval_samples)
@@ -1614,7 +1619,7 @@ def evaluate_run(folder, eval_prompts, eval_samples):
     with accelerator.autocast():
         evaluation = evaluate(policy, tokenizer, task, prompts, args, accelerator)
     if accelerator.is_main_process:
-        print(f"test: {describe(evaluation, args)} (± standard error, {len(prompts)} questions)")
+        print(f"test: {describe(evaluation, args)} (± standard error, {len(prompts)} prompts)")
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

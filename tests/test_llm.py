@@ -479,7 +479,7 @@ def test_more_held_out_questions_can_be_played_than_the_run_had(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     run_dir = gbpo.train(replace(SMALL, total_batches=1, eval_prompts=10))
     gbpo.evaluate_run(run_dir, 30, 0)
-    assert "30 questions" in capsys.readouterr().out
+    assert "30 prompts" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--eval-prompts 0 must be at least 1"):
         gbpo.evaluate_run(run_dir, 0, 0)
 
