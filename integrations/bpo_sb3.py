@@ -33,9 +33,9 @@ def bpo_loss(ratio, advantages, median_advantages, epsilon, temperature):
 
 
 def median_loss(returns, median_values, temperature):
-    """E[λ·softplus((Q−u)/λ) − ½(Q−u)], (B,), (B,) → a scalar: convex in u, least where u is the soft median of the returns."""
+    """E[λ·softplus((R̂−u)/λ) − ½(R̂−u)], (B,), (B,) → a scalar: convex in u, least where u is the soft median of the returns."""
     errors = returns - median_values
-    return (F.softplus(errors, beta=1 / temperature) - 0.5 * errors).mean()
+    return (F.softplus(errors, beta=1 / temperature) - 0.5 * errors).mean()  # torch's softplus(x, β) is softplus(βx)/β
 
 
 class ValueHead(nn.Linear):
