@@ -16,8 +16,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "integrations")]
-from gbpo_llm import largest_digit_task, scratch_model
-from gbpo_trl import GBPOConfig, GBPOTrainer
+from gbpo_trl import GBPOConfig, GBPOTrainer  # noqa: E402
+
+from gbpo_llm import largest_digit_task, scratch_model  # noqa: E402
 
 ITERATIONS = 4  # passes over a batch, one step each
 
@@ -44,9 +45,10 @@ if __name__ == "__main__":
     model, tokenizer = scratch_model(task)
     config, trainer = (GBPOConfig, GBPOTrainer) if args.loss == "gbpo" else (GRPOConfig, GRPOTrainer)
     folder = Path("runs/trl_grpo")
-    settings = config(output_dir=str(folder), seed=args.seed, learning_rate=args.learning_rate, max_steps=ITERATIONS * args.total_batches,
-                      num_iterations=ITERATIONS, per_device_train_batch_size=128, num_generations=8, max_completion_length=1,
-                      logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False)  # fmt: skip
+    settings = config(output_dir=str(folder), seed=args.seed, learning_rate=args.learning_rate, max_completion_length=1,
+                      max_steps=ITERATIONS * args.total_batches, num_iterations=ITERATIONS, num_generations=8,
+                      per_device_train_batch_size=128, logging_steps=1, report_to="none", save_strategy="no",
+                      disable_tqdm=True, use_cpu=True, bf16=False)  # fmt: skip
     data = Dataset.from_list([{"prompt": example["prompt"], "answer": example["answer"]} for example in task.train])
     trained = trainer(model=model, processing_class=tokenizer, reward_funcs=reward, train_dataset=data, args=settings)
     trained.train()
