@@ -31,6 +31,7 @@ DOCS = BENCHMARK.parent / "docs"
 LINE_EVERY = 60  # seconds between lines on how far the report is
 SMOOTHING = 5  # hundredths of the run in the running mean
 NAMES = "base", "bpo", "ppo", "sb3", "ppo-same", "bpo-paper", "ppo-paper", "bpo-entropy", "bpo-task", "rsl_rl"
+SETTINGS = {"b": "settings of bpo_continuous.py", "c": "settings of CleanRL"}  # of the map of stability
 COLORS = dict(zip(NAMES, plt.get_cmap("tab10").colors[:1] + plt.get_cmap("tab10").colors))  # base: what bpo was
 
 
@@ -271,6 +272,91 @@ def draw_epochs(results, path):
         column[0].set_title(task)
         column[-1].set_xlabel("update epochs")
     axes[0, 0].legend()
+    save(figure, path)
+
+
+# The map of stability ---------------------------------------------------------------------------------------------------
+
+
+def read_map(path):
+    """Final returns (loss, settings, learning rate, epochs, seeds) of each task, nan where a run failed, and the axes' names.
+
+    A block, all runs of a task and a seed, counts when it is full, or when the matrix has gone on to a later one.
+    """
+    matrix = tomllib.loads(path.read_text())
+    words = [arm.rsplit("-", 1) for arm in matrix["arms"]]  # bpo-b-1e-4, 5
+    words = [(*start.split("-", 2), epochs) for start, epochs in words]
+    axes = [list(dict.fromkeys(column)) for column in zip(*words)]
+    blocks, begun = {}, None
+    for seed in matrix["seeds"]:
+        for task in matrix["tasks"]:
+            files = [BENCHMARK / "results" / path.stem / f"{arm}__{task}__{seed}.csv" for arm in matrix["arms"]]
+            returns = np.full([len(axis) for axis in axes], np.nan)
+            for file, point in zip(files, words):
+                if file.exists() and (run := read_run(file, matrix["total_timesteps"])):
+                    returns[tuple(axis.index(word) for axis, word in zip(axes, point))] = run["return"][-1]
+            if not np.isnan(returns).all():
+                begun = (seed, task)
+            blocks[seed, task] = returns
+    order = list(blocks)
+    done = [key for key in order if not np.isnan(blocks[key]).any() or order.index(key) < order.index(begun)]
+    runs = {task: [blocks[seed, of] for seed, of in done if of == task] for task in matrix["tasks"]}
+    return {task: np.stack(seeds, -1) for task, seeds in runs.items() if seeds}, axes
+
+
+def map_scores(returns):
+    """Returns of each task (loss, settings, rate, epochs, seeds) → scores (loss, settings, rate, epochs, tasks) from 0 to 1."""
+    scores = []
+    for runs in returns.values():
+        means = np.nanmean(runs, axis=-1)
+        means = np.where(np.isnan(runs), np.nanmin(means), runs).mean(-1)  # a failed run counts as the worst setting
+        scores.append((means - means.min()) / (means.max() - means.min()))
+    return np.stack(scores, -1)
+
+
+def map_measures(scores):
+    """The four measures of stability.toml: (loss, settings, rate, epochs, tasks) → (measures, loss, settings)."""
+    points = scores.reshape(*scores.shape[:2], -1, scores.shape[-1])  # (loss, settings, points, tasks)
+    share = (points >= 0.8).mean((2, 3))
+    worst = np.sort(points, axis=2)[:, :, : points.shape[2] // 10].mean((2, 3))
+    sensitivity = points.max(2).mean(-1) - points.mean(-1).max(2)
+    return np.stack((share, worst, scores[:, :, :, -2:].mean((2, 3, 4)), sensitivity))
+
+
+def map_table(returns, axes):
+    """Markdown: each measure of both losses, and the interval of their difference where there are three seeds or more."""
+    names = "share of points at 0.8 or more", "worst tenth", "mean at 20 and 40 epochs", "sensitivity (lower is better)"
+    measures, generator, seeds = map_measures(map_scores(returns)), np.random.default_rng(0), min(r.shape[-1] for r in returns.values())
+    resamples = []
+    for _ in range(2000 if seeds > 2 else 0):
+        drawn = {task: runs[..., generator.integers(0, runs.shape[-1], runs.shape[-1])] for task, runs in returns.items()}
+        resamples.append(map_measures(map_scores(drawn)))
+    lines = ["| measure | other settings | bpo | ppo | bpo − ppo |", "|---|---|---|---|---|"]
+    for i, name in enumerate(names):
+        for j, settings in enumerate(axes[1]):
+            bpo, ppo = measures[i, :, j]
+            difference = f"{bpo - ppo:.2f}"
+            if resamples:
+                low, high = np.percentile([m[i, 0, j] - m[i, 1, j] for m in resamples], (2.5, 97.5))
+                difference += f" [{low:.2f}, {high:.2f}]"
+            lines.append(f"| {name} | {SETTINGS[settings]} | {bpo:.2f} | {ppo:.2f} | {difference} |")
+    return "\n".join(lines)
+
+
+def draw_map(returns, axes, path):
+    """Heat maps of the mean score over tasks by learning rate and epochs: a column a loss, a row for each other settings."""
+    losses, settings, rates, epochs = axes
+    scores = map_scores(returns).mean(-1)
+    figure, panels = plt.subplots(len(settings), len(losses), figsize=(9, 6.4), layout="constrained", squeeze=False)
+    for i, loss in enumerate(losses):
+        for j, of in enumerate(settings):
+            panel = panels[j, i]
+            image = panel.imshow(scores[i, j].T, vmin=0, vmax=1, origin="lower", aspect="auto", cmap="viridis")
+            for (x, y), score in np.ndenumerate(scores[i, j]):
+                panel.text(x, y, f"{score:.2f}", ha="center", va="center", color="black" if score > 0.6 else "white")
+            panel.set(xticks=range(len(rates)), xticklabels=rates, yticks=range(len(epochs)), yticklabels=epochs)
+            panel.set(title=f"{loss.upper()}, {SETTINGS[of]}", xlabel="learning rate", ylabel="epochs")
+    figure.colorbar(image, ax=panels, label="score: 0 the worst setting of the map, 1 the best")
     save(figure, path)
 
 
