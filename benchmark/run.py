@@ -15,7 +15,7 @@ TOML file:
 
 Each CSV file, benchmark/results/<matrix>/<arm>__<task>__<seed>.csv, has a comment line with command, versions, processor, GPUs
 and commit, and then, for each hundredth of the run in which an episode ended, the mean return of those episodes and the means
-of approx_kl and clipfrac, where the script logs them to TensorBoard; of gbpo_llm.py the evaluations too.
+of approx_kl, clipfrac and entropy, where the script logs them to TensorBoard; of gbpo_llm.py the evaluations too.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ LINE_EVERY = 60  # seconds between lines on how far a matrix is
 KEYS = {"total_timesteps": "int", "seeds": "list[int]", "tasks": "list[str]", "arms": "dict", "task_flag": "str"}
 KEYS |= {"steps_flag": "str", "unit": "str", "changes": "dict"}
 PACKAGES = ("torch", "gymnasium", "mujoco", "isaaclab", "transformers", "numpy")  # whose versions a result names
-METRICS = {"approx_kl": "losses/approx_kl", "clipfrac": "losses/clipfrac"}  # of each update, over its whole rollout
+METRICS = {name: f"losses/{name}" for name in ("approx_kl", "clipfrac", "entropy")}  # of each update, over its whole rollout
 # What gbpo_llm.py has on held-out questions before and after.
 EVALUATIONS = {name: f"eval/{name}" for name in ("pass@1", "pass@1_error", "mean", "mean_error")}
 

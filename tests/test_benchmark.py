@@ -61,7 +61,7 @@ def test_a_matrix_is_resumed_after_its_time_limit_and_reported(repository):
     shares = [float(share) for line in lines[2:] if (share := line.split(",")[4])]
     assert shares and all(0 <= share <= 1 for share in shares)
     assert lines[0].startswith("# python bpo_continuous.py --num-steps 512") and "torch==" in lines[0]
-    assert lines[1] == "step,return,episodes,approx_kl,clipfrac" and sum(int(line.split(",")[2]) for line in lines[2:]) == 20
+    assert lines[1] == "step,return,episodes,approx_kl,clipfrac,entropy" and sum(int(line.split(",")[2]) for line in lines[2:]) == 20
     again = run(repository, "benchmark/run.py", "short.toml")
     assert "2 runs, 2 finished before" in again.stdout
 
@@ -156,9 +156,9 @@ def test_language_models_leave_their_evaluations_too(repository):
     (repository / "words.toml").write_text(matrix + '[arms]\ngbpo = "gbpo_llm.py --num-prompts 2 --eval-prompts 20"\n')
     assert run(repository, "benchmark/run.py", "words.toml").returncode == 0
     lines = (repository / "benchmark/results/words/gbpo__largest_digit__1.csv").read_text().splitlines()
-    assert lines[1] == "step,return,episodes,approx_kl,clipfrac,pass@1,pass@1_error,mean,mean_error"
+    assert lines[1] == "step,return,episodes,approx_kl,clipfrac,entropy,pass@1,pass@1_error,mean,mean_error"
     rows = [line.split(",") for line in lines[2:]]
-    assert [(row[0], row[1] != "", row[5] != "") for row in rows] == [("0", 0, 1), ("1", 1, 0), ("2", 1, 0), ("3", 1, 1)]
+    assert [(row[0], row[1] != "", row[6] != "") for row in rows] == [("0", 0, 1), ("1", 1, 0), ("2", 1, 0), ("3", 1, 1)]
     code = "from pathlib import Path; import report; print(report.evaluations_table(Path('words.toml')))"
     table = subprocess.run([sys.executable, "-c", code], cwd=repository, env=os.environ | {"PYTHONPATH": "benchmark"},
                            capture_output=True, text=True).stdout  # fmt: skip
