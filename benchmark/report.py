@@ -326,7 +326,8 @@ def map_measures(scores):
 def map_table(returns, axes):
     """Markdown: each measure of both losses, and the interval of their difference where there are three seeds or more."""
     names = "share of points at 0.8 or more", "worst tenth", "mean at 20 and 40 epochs", "sensitivity (lower is better)"
-    measures, generator, seeds = map_measures(map_scores(returns)), np.random.default_rng(0), min(r.shape[-1] for r in returns.values())
+    measures, generator = map_measures(map_scores(returns)), np.random.default_rng(0)
+    seeds = min(runs.shape[-1] for runs in returns.values())
     resamples = []
     for _ in range(2000 if seeds > 2 else 0):
         drawn = {task: runs[..., generator.integers(0, runs.shape[-1], runs.shape[-1])] for task, runs in returns.items()}
