@@ -7,8 +7,9 @@ PPO asks how far a policy may move and clips it there. BPO asks where it should 
     μ  = argmin_u E_{a∼π₀}[ λ·softplus((R̂−u)/λ) − ½(R̂−u) ]         the soft median of R̂, which makes E_{π₀}[ρ*] = 1
     L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = R̂ − V(s)               the policy loss: μ picks the side, V gives the weight
 
-R̂ is the GAE return of the action taken, an estimate of Q(s,a); V is its mean, PPO's critic. The temperature λ rounds the step
-from 1−ε to 1+ε; R̂ is so noisy that |R̂−μ| is nearly always far above λ, and ρ* an edge of the band.
+R̂ is the GAE return of the action taken, in place of Q(s,a); V, PPO's critic, is its mean. A and Ã follow the critics as they
+learn. λ is so small that ρ* is nearly always an edge of the band. Up to ρ* the gradient is that of PPO's −ρA; past it PPO's is
+zero, and BPO's points back.
 Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
     python bpo_atari.py --env-id ALE/Pong-v5                    trains; all goes to runs/<env>__<exp_name>__<seed>__<time>/
@@ -18,23 +19,6 @@ Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
 In Python, load_agent("runs/<run>").act(obs) samples actions for observations of `AtariEnvs`, (4, 84, 84) or (N, 4, 84, 84).
 """
-
-# /// script
-# requires-python = ">=3.11,<3.14"
-# dependencies = [
-#     "torch==2.13.0",
-#     "gymnasium[mujoco,classic-control]==1.4.0",
-#     "ale-py==0.12.1",
-#     "numpy==2.4.6",
-#     "tyro==1.0.17",
-#     "tqdm==4.70.1",
-#     "tensorboard==2.21.0",
-#     "wandb==0.31.0",
-#     "matplotlib==3.11.2",
-#     "moviepy==2.2.1",
-#     "opencv-python-headless==5.0.0.93",
-# ]
-# ///
 
 import difflib
 import importlib.metadata
@@ -792,3 +776,20 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco,classic-control]==1.4.0",
+#     "ale-py==0.12.1",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tqdm==4.70.1",
+#     "tensorboard==2.21.0",
+#     "wandb==0.31.0",
+#     "matplotlib==3.11.2",
+#     "moviepy==2.2.1",
+#     "opencv-python-headless==5.0.0.93",
+# ]
+# ///

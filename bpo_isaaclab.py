@@ -7,8 +7,9 @@ PPO asks how far a policy may move and clips it there. BPO asks where it should 
     μ  = argmin_u E_{a∼π₀}[ λ·softplus((R̂−u)/λ) − ½(R̂−u) ]         the soft median of R̂, which makes E_{π₀}[ρ*] = 1
     L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = R̂ − V(s)               the policy loss: μ picks the side, V gives the weight
 
-R̂ is the GAE return of the action taken, an estimate of Q(s,a); V is its mean, PPO's critic. The temperature λ rounds the step
-from 1−ε to 1+ε; R̂ is so noisy that |R̂−μ| is nearly always far above λ, and ρ* an edge of the band.
+R̂ is the GAE return of the action taken, in place of Q(s,a); V, PPO's critic, is its mean. A and Ã follow the critics as they
+learn. λ is so small that ρ* is nearly always an edge of the band. Up to ρ* the gradient is that of PPO's −ρA; past it PPO's is
+zero, and BPO's points back.
 Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
     python bpo_isaaclab.py --task Isaac-Humanoid                        trains; all goes into a folder of runs/
@@ -22,19 +23,6 @@ In Python, load_agent("runs/<run>").act(obs) is the trained policy's mean action
 as networks and steps, is as the task's rsl_rl configuration says; BPO has the changes in PAPER below. Observations are
 normalised as in rsl_rl 5.5, by statistics that move after each update; mjlab's 5.4 moves them at each step.
 """
-
-# /// script
-# requires-python = ">=3.12,<3.13"
-# dependencies = [
-#     "isaaclab==3.0.0",
-#     "tyro==1.0.17",
-#     "tqdm==4.70.1",
-#     "tensorboard==2.21.0",
-#     "wandb==0.31.0",
-#     "matplotlib==3.11.2",
-# ]
-# ///
-# That is for Isaac Lab; mjlab has requirements-mjlab.txt and an environment of its own.
 
 import contextlib
 import copy
@@ -1037,3 +1025,17 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+# What `uv run` installs, for Isaac Lab; mjlab has requirements-mjlab.txt and an environment of its own.
+
+# /// script
+# requires-python = ">=3.12,<3.13"
+# dependencies = [
+#     "isaaclab==3.0.0",
+#     "tyro==1.0.17",
+#     "tqdm==4.70.1",
+#     "tensorboard==2.21.0",
+#     "wandb==0.31.0",
+#     "matplotlib==3.11.2",
+# ]
+# ///

@@ -14,18 +14,6 @@ Reinforcement Learning, arXiv 2604.18578.
     python brrl_tabular.py --env-id Taxi-v4    … on another table of gymnasium, or on Random
 """
 
-# /// script
-# requires-python = ">=3.11,<3.14"
-# dependencies = [
-#     "torch==2.13.0",
-#     "gymnasium[mujoco,classic-control]==1.4.0",
-#     "numpy==2.4.6",
-#     "scipy==1.17.1",
-#     "tyro==1.0.17",
-#     "matplotlib==3.11.2",
-# ]
-# ///
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -366,3 +354,15 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco,classic-control]==1.4.0",
+#     "numpy==2.4.6",
+#     "scipy==1.17.1",
+#     "tyro==1.0.17",
+#     "matplotlib==3.11.2",
+# ]
+# ///

@@ -26,27 +26,6 @@ All goes to runs/<task>__<exp_name>__<seed>__<time>/. `group_rewards` is where t
 vLLM and long completions take integrations/gbpo_trl.py, the same loss inside TRL.
 """
 
-# /// script
-# requires-python = ">=3.11,<3.14"
-# dependencies = [
-#     "torch==2.13.0",
-#     "numpy==2.4.6",
-#     "tyro==1.0.17",
-#     "tqdm==4.70.1",
-#     "tensorboard==2.21.0",
-#     "wandb==0.31.0",
-#     "matplotlib==3.11.2",
-#     "transformers==5.24.0",
-#     "accelerate==1.15.0",
-#     "peft==0.21.2",
-#     "safetensors==0.8.0",
-#     "gguf==0.19.0",
-#     "math-verify==0.9.0",
-#     "reasoning-gym==0.1.25",
-#     "datasets==5.2.0",
-# ]
-# ///
-
 import contextlib
 import copy
 import difflib
@@ -1703,3 +1682,24 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "torch==2.13.0",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tqdm==4.70.1",
+#     "tensorboard==2.21.0",
+#     "wandb==0.31.0",
+#     "matplotlib==3.11.2",
+#     "transformers==5.24.0",
+#     "accelerate==1.15.0",
+#     "peft==0.21.2",
+#     "safetensors==0.8.0",
+#     "gguf==0.19.0",
+#     "math-verify==0.9.0",
+#     "reasoning-gym==0.1.25",
+#     "datasets==5.2.0",
+# ]
+# ///

@@ -14,23 +14,6 @@ Source: Schulman et al., Proximal Policy Optimization Algorithms, arXiv 1707.063
 In Python, load_agent("runs/<run>").act(obs) is the trained policy's action.
 """
 
-# /// script
-# requires-python = ">=3.11,<3.14"
-# dependencies = [
-#     "torch==2.13.0",
-#     "gymnasium[mujoco,classic-control]==1.4.0",
-#     "mujoco==4.0.0",
-#     "numpy==2.4.6",
-#     "tyro==1.0.17",
-#     "tqdm==4.70.1",
-#     "threadpoolctl==3.8.0",
-#     "tensorboard==2.21.0",
-#     "wandb==0.31.0",
-#     "matplotlib==3.11.2",
-#     "moviepy==2.2.1",
-# ]
-# ///
-
 import importlib.metadata
 import json
 import math
@@ -909,3 +892,20 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco,classic-control]==1.4.0",
+#     "mujoco==4.0.0",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tqdm==4.70.1",
+#     "threadpoolctl==3.8.0",
+#     "tensorboard==2.21.0",
+#     "wandb==0.31.0",
+#     "matplotlib==3.11.2",
+#     "moviepy==2.2.1",
+# ]
+# ///

