@@ -58,7 +58,7 @@ OMP_THREADS = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
 @dataclass
 class Args:
     env_id: str = "ALE/Pong-v5"  # ALE/…-v5 (sticky actions) or …NoFrameskip-v4 (none, as in the paper)
-    loss: Literal["bpo", "ppo"] = "bpo"  # the loss; each brings the authors' hyperparameters
+    loss: Literal["bpo", "ppo"] = "bpo"  # the loss; each brings the authors' hyperparameters, `PPO` has those that differ
     exp_name: str = SCRIPT  # the run folder's name has it
     seed: int = 1  # seed of network, policy noise and games
     total_timesteps: int = 10_000_000  # actions in all, each of 4 frames; the authors train for 40 million
@@ -76,9 +76,9 @@ class Args:
     gae_lambda: float = 0.95  # λ of GAE, the generalised advantage estimator
     epsilon: float = 0.3  # half-width ε of the band the ratio is to stay in; PPO's clip
     temperature: float = 1e-3  # λ, in units of the returns: where |R̂−μ| is far above it, ρ* is an edge of the band
-    use_median: bool = True  # ρ* changes sides where R̂ is μ(s); --no-use-median: where it is V(s), the paper's ablation
-    median_temperature: float = 1.0  # λ of the median loss; in theory that of ρ*, the authors have 1
-    norm_adv: bool = False  # divide by the minibatch's standard deviation: of BPO the weight |A|, of PPO the centred A
+    use_median: bool = True  # Ã is R̂ − μ(s); --no-use-median: R̂ − V(s), the paper's ablation
+    median_temperature: float = 1.0  # λ of the median loss; the theory has that of ρ*, the authors 1, which moves μ towards the mean
+    norm_adv: bool = False  # divide A by its standard deviation in the minibatch; PPO centres it first
     vf_coef: float = 1.0  # coefficient of the value loss ½(R̂−V)²
     median_coef: float = 0.5  # coefficient of the median loss
     ent_coef: float = 1e-3  # coefficient of the entropy bonus
@@ -163,7 +163,7 @@ def layer_init(layer, gain=2**0.5):
 
 
 def gumbel(*shape, generator=None):
-    """Noise whose sum with log-probabilities is largest at a sample of them."""
+    """Gumbel noise: the largest of log-probabilities and noise, summed, is a sample."""
     return -torch.empty(shape).exponential_(generator=generator).log()
 
 

@@ -75,7 +75,7 @@ class Args:
     gae_lambda: float = 0.95  # λ of GAE, the generalised advantage estimator
     epsilon: float = 0.3  # half-width ε of the band the ratio is to stay in
     temperature: float = 1e-3  # λ, in units of the (normalised) returns: where |R̂−μ| is far above it, ρ* is an edge of the band
-    use_median: bool = True  # ρ* changes sides where R̂ is μ(s); --no-use-median: where it is V(s), the paper's ablation
+    use_median: bool = True  # Ã is R̂ − μ(s); --no-use-median: R̂ − V(s), the paper's ablation
     median_head: Literal["shared", "separate"] = "shared"  # μ is the critic's second output, or an MLP on its features
     median_temperature: float | None = None  # λ of the median loss; none: --temperature, as in theory; authors: 1
     norm_adv: bool = True  # divide the weight |A| by the standard deviation of A in the minibatch; A is not centred

@@ -78,10 +78,10 @@ class Args:
     desired_kl: float | None = None  # the learning rate follows this KL(π₀‖π); 0: it stands still
     gamma: float | None = None  # discount γ
     gae_lambda: float | None = None  # λ of GAE, the generalised advantage estimator
-    epsilon: float | None = None  # half-width ε of the band the ratio is to stay in; PPO's clip; none with BPO: PAPER's
+    epsilon: float | None = None  # half-width ε of the band the ratio is to stay in; none: PAPER's, for PPO the task's clip
     temperature: float = 1e-2  # λ, in units of the returns: where |R̂−μ| is far above it, ρ* is an edge of the band
-    use_median: bool = True  # ρ* changes sides where R̂ is μ(s); --no-use-median: where it is V(s), the paper's ablation
-    median_temperature: float = 1.0  # λ of the median loss; in theory that of ρ*, the authors have 1
+    use_median: bool = True  # Ã is R̂ − μ(s); --no-use-median: R̂ − V(s), the paper's ablation
+    median_temperature: float = 1.0  # λ of the median loss; the theory has that of ρ*, the authors 1, which moves μ towards the mean
     online_adv: tyro.conf.DisallowNone[bool | None] = None  # weight |R̂−V| anew; --no-…: the rollout's normalised advantages
     clip_vloss: bool | None = None  # PPO: clip the change of the value by ε too
     vf_coef: float | None = None  # coefficient of the value loss (R̂−V)²
@@ -325,7 +325,7 @@ def total_loss(agent, args, batch, old_logstd):
     else:
         advantages = (batch["returns"] - values).detach()
         median_advantages = (batch["returns"] - median_values).detach() if args.use_median else advantages
-        weight = advantages if args.online_adv else batch["normalized_advantages"]  # its sign is of no account
+        weight = advantages if args.online_adv else batch["normalized_advantages"]  # bpo_loss takes its absolute value
         policy_loss = bpo_loss(ratio, weight, median_advantages, args.epsilon, args.temperature)
         value_clip, mu_loss = math.inf, median_loss(batch["returns"], median_values, args.median_temperature) * args.use_median
     value_loss = clipped_value_loss(values, batch["values"], batch["returns"], value_clip)
