@@ -77,7 +77,7 @@ class Args:
     epsilon: float = 0.3  # half-width ε of the band the ratio is to stay in; PPO's clip
     temperature: float = 1e-3  # λ, in units of the returns: where |R̂−μ| is far above it, ρ* is an edge of the band
     use_median: bool = True  # Ã is R̂ − μ(s); --no-use-median: R̂ − V(s), the paper's ablation
-    median_temperature: float = 1.0  # λ of the median loss; the theory has that of ρ*, the authors 1, which moves μ towards the mean
+    median_temperature: float = 1.0  # λ of the median loss; in theory that of ρ*; the authors' 1 moves μ towards the mean
     norm_adv: bool = False  # divide A by its standard deviation in the minibatch; PPO centres it first
     vf_coef: float = 1.0  # coefficient of the value loss ½(R̂−V)²
     median_coef: float = 0.5  # coefficient of the median loss

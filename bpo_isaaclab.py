@@ -81,7 +81,7 @@ class Args:
     epsilon: float | None = None  # half-width ε of the band the ratio is to stay in; none: PAPER's, for PPO the task's clip
     temperature: float = 1e-2  # λ, in units of the returns: where |R̂−μ| is far above it, ρ* is an edge of the band
     use_median: bool = True  # Ã is R̂ − μ(s); --no-use-median: R̂ − V(s), the paper's ablation
-    median_temperature: float = 1.0  # λ of the median loss; the theory has that of ρ*, the authors 1, which moves μ towards the mean
+    median_temperature: float = 1.0  # λ of the median loss; in theory that of ρ*; the authors' 1 moves μ towards the mean
     online_adv: tyro.conf.DisallowNone[bool | None] = None  # weight |R̂−V| anew; --no-…: the rollout's normalised advantages
     clip_vloss: bool | None = None  # PPO: clip the change of the value by ε too
     vf_coef: float | None = None  # coefficient of the value loss (R̂−V)²
