@@ -1,5 +1,5 @@
-"""The paper's setting on a small model: labels teach it for 20 batches, until it is right in a quarter of its answers; then goes on
-what the flags say, such as a majority vote in place of labels.
+"""The paper's setting on a small model: labels teach it for 20 batches, until it is right in a quarter of its answers; then it
+goes on as the flags say, such as with a majority vote in place of labels.
 
     python benchmark/llm_warm.py --loss gbpo --reward majority --vote-size 64 --group-size 32 --seed 1
 
