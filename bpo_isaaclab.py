@@ -96,7 +96,7 @@ class Args:
 
     checkpoint_every: int = 50  # iterations between checkpoints
     eval_every: int = 0  # iterations between evaluations while training, whose best policy is kept as best.pt; 0: none
-    eval_episodes: int = 64  # episodes of an evaluation, played without noise
+    eval_episodes: int = 64  # of --evaluate and --eval-every, without noise; when a run ends, one of each environment
     capture_video: bool = False  # film the evaluation as mp4 into the run folder; mjlab only
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "brrl"  # wandb project
