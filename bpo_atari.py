@@ -404,8 +404,9 @@ def train(args, run=None):
         arrays = np.sign(rewards), terminations, terminations | truncations
         signs, terminated, dones = (torch.from_numpy(array).float().to(args.device) for array in arrays)
         advantages = gae(signs, values, next_values, terminated, dones, args.gamma, args.gae_lambda)
+        returns = advantages + values  # R̂
         chosen = torch.from_numpy(~forced).to(args.device)  # a forced action's ratio means nothing
-        batch = [tensor[chosen] for tensor in (obs, actions, logprobs, advantages, advantages + values)]
+        batch = [tensor[chosen] for tensor in (obs, actions, logprobs, advantages, returns)]
 
         # Update.
         metrics = update(agent, optimizer, batch, args) | ratio_metrics(agent, args, *batch)
@@ -415,7 +416,7 @@ def train(args, run=None):
                 envs.close()
                 sys.exit(f"{SCRIPT}: stopped at step {iteration * batch_size}: {name} is not finite. "
                          f"{run_dir} keeps the last good checkpoint")  # fmt: skip
-        metrics["explained_variance"] = 1 - advantages.var() / (advantages + values).var()
+        metrics["explained_variance"] = 1 - advantages.var() / returns.var()
         log.iteration(iteration * batch_size, metrics, optimizer.param_groups[0]["lr"])
         if args.eval_every and iteration % args.eval_every == 0:
             score = float(np.mean(evaluate(agent, args)))
