@@ -522,8 +522,9 @@ def rebuild():
     if proof.only().tasks:
         draw_curves(proof, figures / "curves.png")
         fill("returns", "![Learning curves](results/curves.png)", returns_table(proof))
-        arms = {arm: runs for arm, runs in proof.arms.items() if arm in ("bpo", "ppo", "sb3")}
-        fill("readme returns", returns_table(replace(proof, arms=arms)))
+        three = replace(proof, arms={arm: proof.arms[arm] for arm in ("bpo", "ppo", "sb3")})
+        draw_curves(three, figures / "readme.png")
+        fill("readme returns", returns_table(three))
     for name, tasks in (("all", read_results(matrix["mujoco"]).tasks), ("paper", read_results(matrix["paper"]).tasks)):
         results = proof.only(*tasks)
         if results.tasks and {"bpo", "ppo"} <= set(results.arms):
