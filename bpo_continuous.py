@@ -8,8 +8,8 @@ PPO asks how far a policy may move and clips it there. BPO asks where it should 
     L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = R̂ − V(s)               the policy loss: μ picks the side, V gives the weight
 
 R̂ is the GAE return of the action taken, in place of Q(s,a); V, PPO's critic, is its mean. A and Ã follow the critics as they
-learn. λ is so small that ρ* is nearly always an edge of the band. Up to ρ* the gradient is that of PPO's −ρA; past it PPO's is
-zero, and BPO's points back.
+learn. λ is so small that ρ* is nearly always an edge of the band. Where A and Ã have the same sign, the gradient up to ρ* is
+that of PPO's −ρA; past ρ* PPO's is zero, and BPO's points back.
 Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
     python bpo_continuous.py --env-id Humanoid-v4                   trains; all goes to runs/<env>__<exp_name>__<seed>__<time>/
@@ -681,11 +681,8 @@ def try_env(args):
     """Exits with a line, before there is a run folder, on a task that can't be played, or be filmed with --capture-video."""
     with tempfile.TemporaryDirectory() as folder:
         env = make_env(args.env_id, folder if args.capture_video else None)
-        size, low, high = (
-            env.observation_space.shape[0],
-            env.action_space.low.astype(float),
-            env.action_space.high.astype(float),
-        )
+        size = env.observation_space.shape[0]
+        low, high = env.action_space.low.astype(float), env.action_space.high.astype(float)
         needed = 8 * args.num_envs * args.num_steps * (2 * size + low.size + 4)  # bytes of a rollout
         np.empty(needed + 64 * args.hidden_size**2 + 2**20 * args.num_envs, np.uint8)  # a MemoryError comes here, not later
         if args.rescale_actions and not env.action_space.is_bounded():
@@ -923,6 +920,8 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+# What `uv run` installs.
 
 # /// script
 # requires-python = ">=3.11,<3.14"

@@ -8,8 +8,8 @@ PPO asks how far a policy may move and clips it there. BPO asks where it should 
     L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = R̂ − V(s)               the policy loss: μ picks the side, V gives the weight
 
 R̂ is the GAE return of the action taken, in place of Q(s,a); V, PPO's critic, is its mean. A and Ã follow the critics as they
-learn. λ is so small that ρ* is nearly always an edge of the band. Up to ρ* the gradient is that of PPO's −ρA; past it PPO's is
-zero, and BPO's points back.
+learn. λ is so small that ρ* is nearly always an edge of the band. Where A and Ã have the same sign, the gradient up to ρ* is
+that of PPO's −ρA; past ρ* PPO's is zero, and BPO's points back.
 Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
     python bpo_isaaclab.py --task Isaac-Humanoid                        trains; all goes into a folder of runs/

@@ -355,6 +355,8 @@ def main():
 if __name__ == "__main__":
     main()
 
+# What `uv run` installs.
+
 # /// script
 # requires-python = ">=3.11,<3.14"
 # dependencies = [

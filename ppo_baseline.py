@@ -652,11 +652,8 @@ def try_env(args):
     """Exits with a line, before there is a run folder, on a task that can't be played, or be filmed with --capture-video."""
     with tempfile.TemporaryDirectory() as folder:
         env = make_env(args.env_id, folder if args.capture_video else None)
-        size, low, high = (
-            env.observation_space.shape[0],
-            env.action_space.low.astype(float),
-            env.action_space.high.astype(float),
-        )
+        size = env.observation_space.shape[0]
+        low, high = env.action_space.low.astype(float), env.action_space.high.astype(float)
         needed = 8 * args.num_envs * args.num_steps * (2 * size + low.size + 4)  # bytes of a rollout
         np.empty(needed + 64 * args.hidden_size**2 + 2**20 * args.num_envs, np.uint8)  # a MemoryError comes here, not later
         if args.rescale_actions and not env.action_space.is_bounded():
@@ -892,6 +889,8 @@ def main():
 
 if __name__ == "__main__":
     main()
+
+# What `uv run` installs.
 
 # /// script
 # requires-python = ">=3.11,<3.14"

@@ -6,6 +6,7 @@ goes on as the flags say, such as with a majority vote in place of labels.
 All flags are gbpo_llm.py's; the first 20 batches have none of them but the seed, and leave nothing behind.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,9 @@ SCRIPT = Path(__file__).resolve().parent.parent / "gbpo_llm.py"
 TASK = ["--max-new-tokens", "1", "--update-epochs", "4"]  # as from scratch
 
 if __name__ == "__main__":
-    seed = sys.argv[sys.argv.index("--seed") + 1] if "--seed" in sys.argv else "1"
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--seed", default="1")
+    seed = parser.parse_known_args()[0].seed
     with tempfile.TemporaryDirectory() as folder:
         first = [sys.executable, SCRIPT, "--seed", seed, "--total-batches", "20", "--eval-prompts", "1"]
         subprocess.run(first, cwd=folder, check=True, stdout=subprocess.DEVNULL)

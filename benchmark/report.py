@@ -287,7 +287,7 @@ def read_map(path):
     words = [arm.rsplit("-", 1) for arm in matrix["arms"]]  # bpo-b-1e-4, 5
     words = [(*start.split("-", 2), epochs) for start, epochs in words]
     axes = [list(dict.fromkeys(column)) for column in zip(*words)]
-    blocks, begun = {}, None
+    blocks, begun = {}, -1  # the last block with a result
     for seed in matrix["seeds"]:
         for task in matrix["tasks"]:
             files = [BENCHMARK / "results" / path.stem / f"{arm}__{task}__{seed}.csv" for arm in matrix["arms"]]
@@ -296,10 +296,9 @@ def read_map(path):
                 if file.exists() and (run := read_run(file, matrix["total_timesteps"])):
                     returns[tuple(axis.index(word) for axis, word in zip(axes, point))] = run["return"][-1]
             if not np.isnan(returns).all():
-                begun = (seed, task)
+                begun = len(blocks)
             blocks[seed, task] = returns
-    order = list(blocks)
-    done = [key for key in order if not np.isnan(blocks[key]).any() or order.index(key) < order.index(begun)]
+    done = [key for i, key in enumerate(blocks) if i < begun or not np.isnan(blocks[key]).any()]
     runs = {task: [blocks[seed, of] for seed, of in done if of == task] for task in matrix["tasks"]}
     return {task: np.stack(seeds, -1) for task, seeds in runs.items() if seeds}, axes
 

@@ -13,7 +13,7 @@ Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578. The w
         actor_rollout_ref.actor.clip_ratio_low=0.3 actor_rollout_ref.actor.clip_ratio_high=0.3 …
 
 verl passes one number of each token from the estimator to the loss, the advantage. So σ(…), of which the loss makes ρ*, travels
-in the advantage's last eight bits; 15 of its 23 digits are left to it.
+in the advantage's last eight bits; 15 of the 23 bits of its fraction are left to it.
 """
 
 import torch
@@ -47,10 +47,11 @@ def unpack(packed):
 
 
 @register_adv_est("gbpo")
-def gbpo_advantages(token_level_rewards, response_mask, index, config=None, **_):
+def gbpo_advantages(token_level_rewards, response_mask, index, config, **_):
     """verl's GRPO advantages with σ in their last bits: rewards, mask (B, T), index (B,) of the group → (B, T), twice."""
     rewards = token_level_rewards.sum(-1)
-    advantages, _ = compute_grpo_outcome_advantage(token_level_rewards.clone(), torch.ones_like(token_level_rewards), index)
+    advantages, _ = compute_grpo_outcome_advantage(token_level_rewards, torch.ones_like(token_level_rewards), index,
+                                                   norm_adv_by_std_in_grpo=config.norm_adv_by_std_in_grpo)  # fmt: skip
     sigmoids = torch.empty_like(rewards)
     for group in set(index):
         members = torch.tensor([i for i, other in enumerate(index) if other == group], device=rewards.device)
@@ -64,9 +65,9 @@ def gbpo_advantages(token_level_rewards, response_mask, index, config=None, **_)
 def gbpo_policy_loss(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None,
                      rollout_is_weights=None):  # fmt: skip
     """GBPO's loss: log-probabilities, advantages and mask (B, T), and verl's actor configuration → a scalar and metrics."""
-    low, high = (config.clip_ratio if side is None else side for side in (config.clip_ratio_low, config.clip_ratio_high))
+    low, high = config.clip_ratio_low, config.clip_ratio_high
     advantages, sigmoids = unpack(advantages)
-    targets = 1 - low + (low + high) * sigmoids
+    targets = 1 - low + (low + high) * sigmoids  # ρ*
     logratio = torch.where(response_mask.bool(), log_prob - old_log_prob, 0.0).clamp(-20, 20)
     ratio = logratio.exp()
     losses = advantages.abs() * (ratio - targets).abs()  # |A|·|ρ − ρ*|

@@ -190,6 +190,7 @@ def test_the_map_s_measures_are_those_that_its_matrix_tells(tmp_path, monkeypatc
     matrix.write_text(text.replace("300_000", "100"))
     arms = tomllib.loads(text)["arms"]
     (tmp_path / "results/stability").mkdir(parents=True)
+    assert report.read_map(matrix)[0] == {}
 
     def write(arm, task, seed, score):
         (tmp_path / f"results/stability/{arm}__{task}__{seed}.csv").write_text(f"step,return,episodes\n100,{score},1\n")

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from tensordict import TensorDict  # noqa: E402
 from verl import DataProto  # noqa: E402
 from verl.trainer.config import AlgoConfig  # noqa: E402
 from verl.trainer.ppo.ray_trainer import compute_advantage  # noqa: E402
+from verl.utils import tensordict_utils as tu  # noqa: E402
 from verl.workers.config import ActorConfig, PolicyLossConfig  # noqa: E402
 from verl.workers.utils.losses import ppo_loss  # noqa: E402
 
@@ -32,13 +34,13 @@ import gbpo_llm  # noqa: E402
 GROUPS, SIZE, LENGTH = 6, 8, 5
 
 
-def actor_config(**options):
+def actor_config():
     return ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, use_dynamic_bsz=True,
                        policy_loss=PolicyLossConfig(loss_mode="gbpo"), clip_ratio_low=0.2, clip_ratio_high=0.3,
-                       entropy_coeff=0.0, **options)  # fmt: skip
+                       entropy_coeff=0.0)  # fmt: skip
 
 
-def estimated(rewards, mask):
+def estimated(rewards, mask, **options):
     """What verl's trainer hands on: (B, T) advantages, of rewards (P, G) in an order of their own."""
     scores = torch.zeros(mask.shape)
     scores[:, 0] = rewards.flatten()
@@ -46,7 +48,7 @@ def estimated(rewards, mask):
     order = np.random.default_rng(0).permutation(len(mask))
     data = DataProto.from_dict(tensors={"token_level_rewards": scores[order], "response_mask": mask[order]},
                                non_tensors={"uid": uid[order]})  # fmt: skip
-    data = compute_advantage(data, "gbpo", config=AlgoConfig(adv_estimator="gbpo"))
+    data = compute_advantage(data, "gbpo", config=AlgoConfig(adv_estimator="gbpo", **options))
     return data.batch["advantages"][np.argsort(order)]
 
 
@@ -57,8 +59,6 @@ def verl_loss(log_prob, old_log_prob, advantages, mask, config):
     cut = lambda tensor: nested([row[:n] for row, n in zip(tensor, lengths)])  # noqa: E731
     data = TensorDict({"prompts": nested([torch.zeros(1)] * len(mask)), "responses": cut(mask), "response_mask": cut(mask),
                        "old_log_probs": cut(old_log_prob), "advantages": cut(advantages)}, batch_size=len(mask))  # fmt: skip
-    from verl.utils import tensordict_utils as tu
-
     for name, value in dict(dp_size=1, batch_num_tokens=int(mask.sum()), global_batch_size=len(mask)).items():
         tu.assign_non_tensor(data, **{name: value})
     values = torch.cat([torch.cat([row[:n], row.new_zeros(1)]) for row, n in zip(log_prob, lengths)])
@@ -96,6 +96,20 @@ def test_loss_and_gradient_are_those_of_gbpo_llm(kind):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-7)
     assert 0 < metrics["actor/pg_clipfrac"].aggregate() < 1
+
+
+def test_verl_s_options_reach_the_estimator_and_the_loss():
+    """Advantages without the division, a group of one answer, and weights for a rollout by another policy."""
+    rewards, mask = torch.tensor([[0.0, 1, 0, 0, 0, 0, 0, 1]]), torch.ones(SIZE, 1, dtype=torch.long)
+    plain, _ = gbpo_verl.unpack(estimated(rewards, mask, norm_adv_by_std_in_grpo=False))
+    torch.testing.assert_close(plain.view(1, SIZE), rewards - 0.25, rtol=2.0**-15, atol=0)
+    alone = gbpo_verl.group_sigmoids(torch.tensor([1.0]), 1e-4)
+    assert alone.tolist() == [0.5]  # ρ* = 1 in a symmetric band
+    log_prob, packed = torch.zeros(2, 1), gbpo_verl.pack(torch.tensor([1.0, -1.0]), torch.tensor([1.0, 0.0]))[:, None]
+    config = types.SimpleNamespace(clip_ratio_low=0.2, clip_ratio_high=0.3, global_batch_info={})
+    weights = torch.tensor([[2.0], [0.0]])
+    weighted, _ = gbpo_verl.gbpo_policy_loss(log_prob, log_prob, packed, mask[:2], config=config, rollout_is_weights=weights)
+    assert weighted.item() == pytest.approx(2 * 0.3 / 2)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
