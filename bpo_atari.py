@@ -356,8 +356,8 @@ def train(args, run=None):
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["torch_rng"])
-        episode_return, episode_length = checkpoint["episodes"]
-        next_obs = envs.replay(*checkpoint["games"])
+        episode_return, episode_length = (sums.numpy() for sums in checkpoint["episodes"])
+        next_obs = envs.replay(checkpoint["seeds"].numpy(), [played.numpy() for played in checkpoint["games"]])
     else:
         episode_return, episode_length = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
         next_obs = envs.seeded_reset(args.seed + 100_000 * np.arange(args.num_envs))
@@ -372,10 +372,10 @@ def train(args, run=None):
 
     while True:
         if iteration % args.checkpoint_every == 0 or iteration == num_iterations:
-            games = envs.seeds, [np.array(played) for played in envs.actions]
             save_checkpoint(run_dir / "checkpoint.pt", agent, args, iteration=iteration, seconds=time.time() - start_time,
-                            best=best, optimizer=optimizer.state_dict(), torch_rng=torch.get_rng_state(), games=games,
-                            episodes=(episode_return, episode_length))  # fmt: skip
+                            best=best, optimizer=optimizer.state_dict(), torch_rng=torch.get_rng_state(),
+                            seeds=torch.from_numpy(envs.seeds), games=[torch.tensor(list(played)) for played in envs.actions],
+                            episodes=[torch.from_numpy(sums) for sums in (episode_return, episode_length)])  # fmt: skip
         if iteration == num_iterations:
             break
         if args.anneal_lr:
@@ -555,17 +555,18 @@ def try_env(args):
 
 
 class Log:
-    """episodes.csv, TensorBoard and the progress bar; without a terminal a line a minute."""
+    """episodes.csv, TensorBoard and the progress bar, which is drawn once a minute where there is no terminal."""
 
     def __init__(self, args, run_dir, start_time, start):
-        self.args, self.start_time, self.next_line, self.recent = args, start_time, time.time() + 60, deque(maxlen=20)
+        self.args, self.start_time, self.recent = args, start_time, deque(maxlen=20)
         self.csv = open(run_dir / "episodes.csv", "a")  # noqa: SIM115  open as long as the run
         self.writer = SummaryWriter(run_dir, purge_step=start + 1)
         flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
         self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
         batch_size = args.num_envs * args.num_steps
-        self.total = args.total_timesteps // batch_size * batch_size
-        self.progress = tqdm(total=self.total, initial=start, unit=" steps", disable=None)
+        total = args.total_timesteps // batch_size * batch_size
+        pause = 0.1 if sys.stderr.isatty() else 60  # seconds
+        self.progress = tqdm(total=total, initial=start, unit=" steps", mininterval=pause, maxinterval=pause)
 
     def episode(self, step, episodic_return, length):
         self.csv.write(f"{step},{float(episodic_return)},{length},{time.time() - self.start_time:.1f}\n")
@@ -584,10 +585,6 @@ class Log:
         recent = f"{np.mean(self.recent):.1f}" if self.recent else "-"
         self.progress.set_postfix({"return": recent}, refresh=False)
         self.progress.update(self.args.num_envs * self.args.num_steps)
-        if self.progress.disable and time.time() > self.next_line:
-            self.next_line = time.time() + 60
-            left = self.progress.format_interval((self.total - step) / speed)
-            print(f"step {step:,}: return {recent}, {speed:.0f} steps/s, {left} left", flush=True)
 
     def close(self):
         self.progress.close()
@@ -595,19 +592,9 @@ class Log:
         self.writer.close()
 
 
-def convert(tree, types, function):
-    """Applies `function` to the leaves of these types in nested dicts, lists and tuples."""
-    if isinstance(tree, dict):
-        return {key: convert(value, types, function) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(convert(value, types, function) for value in tree)
-    return function(tree) if isinstance(tree, types) else tree
-
-
 def save_checkpoint(path, agent, args, **state):
     """Writes tensors and plain data to a temporary file and renames it: at any instant there is a whole one."""
     state |= {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "num_actions": len(agent.actor[-1].bias)}
-    state = convert(state, np.ndarray | np.generic, lambda array: torch.from_numpy(np.array(array)))
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -619,19 +606,17 @@ def load_checkpoint(run_dir):
         sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script, args = checkpoint["script"], checkpoint["args"]
-        if script == SCRIPT:
-            plain = {name: value for name, value in checkpoint.items() if name not in ("agent", "optimizer", "torch_rng")}
-            return checkpoint | convert(plain, torch.Tensor, torch.Tensor.numpy) | {"args": Args(**args)}
+        if checkpoint["script"] == SCRIPT:
+            return checkpoint | {"args": Args(**checkpoint["args"])}
     except Exception as error:  # damage shows in many ways
         sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
-    sys.exit(f"{SCRIPT}: {run_dir} is a run of {script}.py")
+    sys.exit(f"{SCRIPT}: {run_dir} is a run of {checkpoint['script']}.py")
 
 
 def load_agent(run_dir):
     """The agent of a run folder, or of a checkpoint in it such as best.pt, on the CPU: `load_agent(run_dir).act(obs)`."""
     checkpoint = load_checkpoint(run_dir)
-    agent = Agent(int(checkpoint["num_actions"]), checkpoint["args"])
+    agent = Agent(checkpoint["num_actions"], checkpoint["args"])
     agent.load_state_dict(checkpoint["agent"])
     return agent
 

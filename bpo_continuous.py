@@ -23,7 +23,6 @@ In Python, load_agent("runs/<run>").act(obs) is the trained policy's action.
 import importlib.metadata
 import json
 import math
-import multiprocessing.connection
 import os
 import platform
 import random
@@ -309,11 +308,40 @@ class SyncEnvs(gym.vector.SyncVectorEnv):
         return self._observations, self._rewards, self._terminations, self._truncations, infos
 
 
+class Task(gym.Wrapper):
+    """A task without its infos, which cost a vector environment time. `episode` can be saved: it is replayed when it is set."""
+
+    seed, number = 0, 0
+
+    def reset(self, *, seed=None, options=None):
+        self.seed, self.number = (self.seed, self.number + 1) if seed is None else (seed, 0)
+        later_seed = int(np.random.SeedSequence((self.seed, self.number)).generate_state(1)[0])
+        self.actions, (self.obs, _) = [], self.env.reset(seed=later_seed if self.number else self.seed, options=options)
+        return self.obs, {}
+
+    def step(self, action):
+        self.obs, reward, terminated, truncated, _ = self.env.step(action)
+        if len(self.actions) < 100_000:  # a longer episode isn't replayed
+            self.actions.append(action)
+        return self.obs, np.asarray(reward).item(), terminated, truncated, {}  # a reward of shape (1,) is a number too
+
+    @property
+    def episode(self):
+        return {"seed": self.seed, "number": self.number, "actions": torch.from_numpy(np.array(self.actions))}
+
+    @episode.setter
+    def episode(self, episode):
+        self.seed, self.number = episode["seed"], episode["number"] - 1
+        self.reset()
+        for action in episode["actions"].numpy():
+            self.step(action)
+
+
 def make_envs(args, run_dir):
     """`num_envs` environments that reset themselves in the step that ends an episode, so no transition crosses a reset."""
     folders = [run_dir / "videos" if args.capture_video and i == 0 else None for i in range(args.num_envs)]
     env_fns = [partial(make_env, args.env_id, folder, f"train-{int(time.time())}") for folder in folders]
-    vectorise = AsyncEnvs if args.async_envs else SyncEnvs
+    vectorise = gym.vector.AsyncVectorEnv if args.async_envs else SyncEnvs
     return vectorise(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
 
 
@@ -394,12 +422,13 @@ def train(args, run=None):
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["torch_rng"])
-        if all(checkpoint["simulators"]):
-            envs.set_attr("simulator_state", checkpoint["simulators"])
-            next_obs, episode_return, episode_length, discounted = checkpoint["episodes"]
+        envs.set_attr("episode", checkpoint["episodes"])
+        replayed = np.stack(envs.get_attr("obs")).astype(next_obs.dtype)
+        if np.array_equal(replayed, checkpoint["next_obs"].numpy(), equal_nan=True):
+            next_obs, (episode_return, episode_length, discounted) = replayed, (x.numpy() for x in checkpoint["sums"])
         else:
             next_obs, _ = envs.reset(seed=args.seed + iteration)
-            print(f"the simulator of {args.env_id} can't be saved: new episodes begin")
+            print(f"{args.env_id}: the same seed and actions led to another state: new episodes begin")
 
     shape = (args.num_steps, args.num_envs)
     obs, successors = np.zeros((2, *shape, obs_dim), np.result_type(next_obs, np.float32))  # before and after each action
@@ -412,8 +441,8 @@ def train(args, run=None):
         if iteration % args.checkpoint_every == 0 or iteration == num_iterations:
             save_checkpoint(run_dir / "checkpoint.pt", agent, args, iteration=iteration, seconds=time.time() - start_time,
                             best=best, optimizer=optimizer.state_dict(), torch_rng=torch.get_rng_state(),
-                            simulators=envs.get_attr("simulator_state"),
-                            episodes=(next_obs, episode_return, episode_length, discounted))  # fmt: skip
+                            episodes=envs.get_attr("episode"), next_obs=torch.from_numpy(next_obs),
+                            sums=[torch.from_numpy(x) for x in (episode_return, episode_length, discounted)])  # fmt: skip
         if iteration == num_iterations:
             break
         if args.anneal_lr:
@@ -549,73 +578,6 @@ def compiled_step(agent, args):
     return fast_step
 
 
-class Task(gym.Wrapper):
-    """A task without its infos, which cost a vector environment time, and with a simulator that can be saved."""
-
-    # The wrappers within which it can: later steps depend on no state of theirs, or on one that is saved with it.
-    STATELESS = (gym.wrappers.FlattenObservation, gym.wrappers.RecordVideo, gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing)
-
-    def step(self, action):
-        obs, reward, terminated, truncated, _ = self.env.step(action)
-        return obs, np.asarray(reward).item(), terminated, truncated, {}  # a reward of shape (1,) is a number too
-
-    def reset(self, **kwargs):
-        return self.env.reset(**kwargs)[0], {}
-
-    @property
-    def simulator_state(self):
-        """All that later steps depend on, as a dict of arrays and plain data; None where the simulator can't be saved."""
-        env = self.env
-        while type(env) in self.STATELESS:
-            env = env.env
-        if not type(env).__module__.startswith(("gymnasium.envs.mujoco", "gymnasium.envs.classic_control")):
-            return None
-        state = {"env": {k: v for k, v in vars(env).items() if isinstance(v, np.ndarray | np.generic | float | int)}}
-        state |= {"rng": env.np_random.bit_generator.state, "elapsed_steps": self.get_wrapper_attr("_elapsed_steps")}
-        if hasattr(env, "data"):
-            import mujoco
-
-            state["physics"] = np.empty(mujoco.mj_stateSize(env.model, mujoco.mjtState.mjSTATE_INTEGRATION))
-            mujoco.mj_getState(env.model, env.data, state["physics"], mujoco.mjtState.mjSTATE_INTEGRATION)
-            # Rewards also read derived arrays, such as body positions, which MuJoCo leaves one substep behind its state.
-            new = mujoco.MjData(env.model)  # those whose size depends on the contacts are empty in it
-            names = [name for name in dir(new) if isinstance(getattr(new, name), np.ndarray) and getattr(new, name).size]
-            state["data"] = {name: getattr(env.data, name) for name in names}
-        return state
-
-    @simulator_state.setter
-    def simulator_state(self, state):
-        env = self.unwrapped
-        env.np_random.bit_generator.state = state["rng"]
-        self.set_wrapper_attr("_elapsed_steps", state["elapsed_steps"])
-        for name, value in state["env"].items():
-            setattr(env, name, value[()] if isinstance(value, np.ndarray) else value)
-        if "physics" in state:
-            import mujoco
-
-            mujoco.mj_setState(env.model, env.data, state["physics"], mujoco.mjtState.mjSTATE_INTEGRATION)
-            for name, value in state["data"].items():
-                getattr(env.data, name)[...] = value
-
-
-class AsyncEnvs(gym.vector.AsyncVectorEnv):
-    """gymnasium's AsyncVectorEnv, which waits for ever where a process fails or ends while another is at work."""
-
-    def step_wait(self, timeout=None):
-        waiting, ends = list(self.parent_pipes), [process.sentinel for process in self.processes]
-        while waiting:
-            ready = multiprocessing.connection.wait(waiting + ends, timeout=1)
-            failed = not self.error_queue.empty()
-            if failed or any(end in ready for end in ends):
-                for process in self.processes:
-                    process.kill()
-                self.closed = True
-                reason = self.error_queue.get()[3].strip() if failed else "its process ended"
-                raise RuntimeError(f"an environment failed: {reason}")
-            waiting = [pipe for pipe in waiting if pipe not in ready]
-        return super().step_wait()
-
-
 def show_warning(text):
     """MuJoCo's warnings on the screen, not in a file; that the tasks' own models are of an older style helps nobody."""
     if "settotalmass" not in text:
@@ -703,17 +665,18 @@ def try_env(args):
 
 
 class Log:
-    """episodes.csv, TensorBoard and the progress bar; without a terminal a line a minute."""
+    """episodes.csv, TensorBoard and the progress bar, which is drawn once a minute where there is no terminal."""
 
     def __init__(self, args, run_dir, start_time, start):
-        self.args, self.start_time, self.next_line, self.recent = args, start_time, time.time() + 60, deque(maxlen=20)
+        self.args, self.start_time, self.recent = args, start_time, deque(maxlen=20)
         self.csv = open(run_dir / "episodes.csv", "a")  # noqa: SIM115  closed in `close`
         self.writer = SummaryWriter(run_dir, purge_step=start + 1)
         flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
         self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
         batch_size = args.num_envs * args.num_steps
-        self.total = args.total_timesteps // batch_size * batch_size
-        self.progress = tqdm(total=self.total, initial=start, unit=" steps", disable=None)
+        total = args.total_timesteps // batch_size * batch_size
+        pause = 0.1 if sys.stderr.isatty() else 60  # seconds
+        self.progress = tqdm(total=total, initial=start, unit=" steps", mininterval=pause, maxinterval=pause)
 
     def episode(self, step, episodic_return, length):
         self.csv.write(f"{step},{float(episodic_return)},{length},{time.time() - self.start_time:.1f}\n")
@@ -732,10 +695,6 @@ class Log:
         recent = f"{np.mean(self.recent):.1f}" if self.recent else "-"
         self.progress.set_postfix({"return": recent}, refresh=False)
         self.progress.update(self.args.num_envs * self.args.num_steps)
-        if self.progress.disable and time.time() > self.next_line:
-            self.next_line = time.time() + 60
-            left = self.progress.format_interval((self.total - step) / speed)
-            print(f"step {step:,}: return {recent}, {speed:.0f} steps/s, {left} left", flush=True)
 
     def close(self):
         self.progress.close()
@@ -743,19 +702,10 @@ class Log:
         self.writer.close()
 
 
-def convert(tree, types, function):
-    """Applies `function` to the leaves of these types in nested dicts, lists and tuples."""
-    if isinstance(tree, dict):
-        return {key: convert(value, types, function) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(convert(value, types, function) for value in tree)
-    return function(tree) if isinstance(tree, types) else tree
-
-
 def save_checkpoint(path, agent, args, **state):
     """Writes tensors and plain data to a temporary file and renames it: at any instant there is a whole one."""
-    state |= {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "action_bounds": agent.action_bounds}
-    state = convert(state, np.ndarray | np.generic, lambda array: torch.from_numpy(np.array(array)))
+    bounds = [torch.from_numpy(bound) for bound in agent.action_bounds]
+    state |= {"script": SCRIPT, "args": asdict(args), "agent": agent.state_dict(), "action_bounds": bounds}
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -767,13 +717,11 @@ def load_checkpoint(run_dir):
         sys.exit(f"{SCRIPT}: {run_dir} is not a run folder: it has no checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script, args = checkpoint["script"], checkpoint["args"]
-        if script == SCRIPT:
-            plain = {name: value for name, value in checkpoint.items() if name not in ("agent", "optimizer", "torch_rng")}
-            return checkpoint | convert(plain, torch.Tensor, torch.Tensor.numpy) | {"args": Args(**args)}
+        if checkpoint["script"] == SCRIPT:
+            return checkpoint | {"args": Args(**checkpoint["args"])}
     except Exception as error:  # damage shows in many ways
         sys.exit(f"{SCRIPT}: {path} is damaged, or no checkpoint of this version ({type(error).__name__})")
-    sys.exit(f"{SCRIPT}: {run_dir} is a run of {script}.py")
+    sys.exit(f"{SCRIPT}: {run_dir} is a run of {checkpoint['script']}.py")
 
 
 def load_agent(run_dir):
@@ -782,7 +730,7 @@ def load_agent(run_dir):
     weights = checkpoint["agent"]
     agent = Agent(len(weights["obs_rms.mean"]), len(weights["actor_logstd"]), checkpoint["args"])
     agent.load_state_dict(weights)
-    agent.action_bounds = checkpoint["action_bounds"]
+    agent.action_bounds = tuple(bound.numpy() for bound in checkpoint["action_bounds"])
     return agent
 
 
@@ -914,6 +862,8 @@ def main():
             sys.exit(130)
     except MemoryError:
         sys.exit(f"{SCRIPT}: out of memory: lower --num-steps, --num-envs or --hidden-size")
+    except EOFError:
+        sys.exit(f"{SCRIPT}: the process of an environment ended")
     except (OSError, RuntimeError, gym.error.Error) as error:  # such as a full disk, or an environment that failed
         sys.exit(f"{SCRIPT}: {one_line(error)} (runs are written to {Path('runs').absolute()})")
 

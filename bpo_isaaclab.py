@@ -491,17 +491,18 @@ def update_metrics(agent, args, batch):
 
 
 class Log:
-    """episodes.csv, TensorBoard and the progress bar; without a terminal a line a minute."""
+    """episodes.csv, TensorBoard and the progress bar, which is drawn once a minute where there is no terminal."""
 
     def __init__(self, args, run_dir, start_time, start):
-        self.start_time, self.next_line, self.recent = start_time, time.time() + 60, deque(maxlen=20)
+        self.start_time, self.recent = start_time, deque(maxlen=20)
         self.csv = open(run_dir / "episodes.csv", "a")  # noqa: SIM115
         self.writer = SummaryWriter(run_dir, purge_step=start + 1)
         flags = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
         self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{flags}")
         batch_size = args.num_envs * args.num_steps * WORLD_SIZE
-        self.total = args.total_timesteps // batch_size * batch_size
-        self.progress = tqdm(total=self.total, initial=start, unit=" steps", disable=None)
+        total = args.total_timesteps // batch_size * batch_size
+        pause = 0.1 if sys.stderr.isatty() else 60  # seconds
+        self.progress = tqdm(total=total, initial=start, unit=" steps", mininterval=pause, maxinterval=pause)
 
     def iteration(self, step, losses, learning_rate, task_metrics, total_return, total_length, episodes):
         seconds = time.time() - self.start_time
@@ -519,10 +520,6 @@ class Log:
         recent = f"{np.mean(self.recent):.2f}" if self.recent else "-"
         self.progress.set_postfix({"return": recent}, refresh=False)
         self.progress.update(step - self.progress.n)
-        if self.progress.disable and time.time() > self.next_line:
-            self.next_line = time.time() + 60
-            left = self.progress.format_interval((self.total - step) / step * seconds)
-            print(f"step {step:,}: return {recent}, {step / seconds:.0f} steps/s, {left} left", flush=True)
 
     def close(self):
         self.progress.close()

@@ -454,7 +454,7 @@ def generate_all(policy, prompts, group_size, temperature, generator, args, top_
     completions, entropies = [None] * (len(prompts) * group_size), []
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     at_a_time = max(1, args.answers_at_a_time // group_size)
-    for start in counted(range(0, len(order), at_a_time), what, bool(what)):
+    for start in bar(range(0, len(order), at_a_time), desc=what, leave=False, disable=not what):
         chunk = order[start : start + at_a_time]
         generated, entropy = policy.generate([prompts[i] for i in chunk], group_size, temperature, generator, top_p)
         for k, i in enumerate(chunk):
@@ -1458,10 +1458,10 @@ def restore(tensors, policy, optimizer=None):
 
 
 class Log:
-    """Run folder, episodes.csv, TensorBoard and the progress bar; without a terminal a line a minute. One process has it."""
+    """Run folder, episodes.csv, TensorBoard and the progress bar. One process has it."""
 
     def __init__(self, args, run_dir, state, policy, task):
-        self.args, self.run_dir, self.next_line = args, run_dir or new_run_dir(args), time.time() + 60
+        self.args, self.run_dir = args, run_dir or new_run_dir(args)
         trained = sum(parameter.numel() for parameter in trained_parameters(policy).values())
         print(f"run folder: {self.run_dir}\n{args.model_name}: {sum(p.numel() for p in policy.parameters()):,} weights, "
               f"{trained:,} of them trained; {args.task}: {len(task.train)} prompts to learn from, {len(task.test)} to be "
@@ -1475,8 +1475,8 @@ class Log:
         path = self.run_dir / "episodes.csv"
         kept = path.read_text().splitlines()[: state["batch"] + 1] if state["batch"] else ["step,return,length,wall_time"]
         path.write_text("\n".join(kept) + "\n")  # a row for each batch: those after the checkpoint are dropped
-        self.progress = tqdm(total=args.total_batches, initial=state["batch"], disable=None,
-                             bar_format="{n}/{total}, {remaining} left{postfix}")  # fmt: skip
+        layout = "{n}/{total}, {remaining} left{postfix}"
+        self.progress = bar(total=args.total_batches, initial=state["batch"], bar_format=layout)
 
     def batch(self, batch, seconds, charts, metrics):
         with open(self.run_dir / "episodes.csv", "a") as file:
@@ -1485,15 +1485,10 @@ class Log:
             for name, value in values.items():
                 self.writer.add_scalar(f"{group}/{name}", value, batch)
         self.writer.flush()
-        shown = {"reward": f"{charts['reward']:.2f}", "signal": f"{charts['groups_with_signal']:.0%}",
-                 "outside": f"{metrics['clipfrac']:.0%}", "entropy": f"{charts['entropy']:.2f}"}  # fmt: skip
-        self.progress.set_postfix(shown, refresh=False)
+        watched = {"reward": f"{charts['reward']:.2f}", "signal": f"{charts['groups_with_signal']:.0%}",
+                   "outside": f"{metrics['clipfrac']:.0%}", "entropy": f"{charts['entropy']:.2f}"}  # fmt: skip
+        self.progress.set_postfix(watched, refresh=False)
         self.progress.update()
-        if self.progress.disable and time.time() > self.next_line:
-            self.next_line = time.time() + 60
-            left = tqdm.format_interval(seconds / batch * (self.args.total_batches - batch))
-            print(f"batch {batch} of {self.args.total_batches}: reward {charts['reward']:.2f}, "
-                  f"{charts['tokens_per_second']:.0f} tokens/s, {left} left", flush=True)  # fmt: skip
 
     def evaluation(self, batch, evaluation):
         with tqdm.external_write_mode():
@@ -1537,14 +1532,10 @@ def plot_learning_curve(run_dir, evaluations, args):
     figure.savefig(run_dir / "learning_curve.png", dpi=120)
 
 
-def counted(items, what, show):
-    """The items; shows how many are done, as a bar in a terminal, else by a line a minute."""
-    bar, next_line = tqdm(items, desc=what, leave=False, disable=None if show else True), time.time() + 60
-    for done, item in enumerate(bar, 1):
-        yield item
-        if show and bar.disable and time.time() > next_line:
-            next_line = time.time() + 60
-            print(f"{what}: part {done} of {len(items)}", flush=True)
+def bar(items=None, **options):
+    """tqdm's bar of how many items are done, drawn once a minute where there is no terminal."""
+    pause = 0.1 if sys.stderr.isatty() else 60  # seconds
+    return tqdm(items, mininterval=pause, maxinterval=pause, delay=pause, **options)
 
 
 def evaluate(policy, tokenizer, task, prompts, args, accelerator):
@@ -1565,7 +1556,7 @@ def evaluate(policy, tokenizer, task, prompts, args, accelerator):
         answers, _ = generate_all(policy, [prompts[i] for i in own], samples, temperature, generator, args, top_p, what)
         texts = [decode(tokenizer, answer, args) for answer in answers]
         groups = [texts[k * samples : (k + 1) * samples] for k in range(share)]
-        scored = counted([*zip(groups, own)], what.replace("answers", "scores"), bool(what))
+        scored = bar([*zip(groups, own)], desc=what.replace("answers", "scores"), leave=False, disable=not what)
         scores = [np.mean(finite_rewards(group_rewards(group, task.test[i], task, scorer))) for group, i in scored]
         scores = torch.tensor(scores, dtype=torch.float32, device=accelerator.device)
         scores = accelerator.gather(scores)[: len(prompts)].cpu()
