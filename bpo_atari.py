@@ -56,17 +56,14 @@ OMP_THREADS = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
 
 
 @dataclass
-class Args:
+class TaskArgs:
     env_id: str = "ALE/Pong-v5"  # ALE/…-v5 (sticky actions) or …NoFrameskip-v4 (none, as in the paper)
-    loss: Literal["bpo", "ppo"] = "bpo"  # the loss; each brings the authors' hyperparameters, `PPO` has those that differ
-    exp_name: str = SCRIPT  # the run folder's name has it
-    seed: int = 1  # seed of network, policy noise and games
-    total_timesteps: int = 10_000_000  # actions in all, each of 4 frames; the authors train for 40 million
     num_envs: int = 8  # parallel games
-    num_threads: int = int(OMP_THREADS) if OMP_THREADS.isdecimal() else CPUS  # CPU threads of network and games
-    device: str | None = None  # of the network; none: a GPU where there is one
-    amp: bool = False  # bfloat16 in the network: much faster on CPUs with AMX, a little less exact
 
+
+@dataclass
+class AlgorithmArgs:
+    loss: Literal["bpo", "ppo"] = "bpo"  # the loss; each brings the authors' hyperparameters, `PPO` has those that differ
     num_steps: int = 128  # actions in each game per rollout
     num_minibatches: int = 4  # minibatches per epoch
     update_epochs: int = 5  # passes over each rollout
@@ -84,6 +81,15 @@ class Args:
     ent_coef: float = 1e-3  # coefficient of the entropy bonus
     max_grad_norm: float = 1.0  # gradients are clipped to this norm, taken over all parameters
 
+
+@dataclass
+class RunArgs:
+    total_timesteps: int = 10_000_000  # actions in all, each of 4 frames; the authors train for 40 million
+    exp_name: str = SCRIPT  # the run folder's name has it
+    seed: int = 1  # seed of network, policy noise and games
+    num_threads: int = int(OMP_THREADS) if OMP_THREADS.isdecimal() else CPUS  # CPU threads of network and games
+    device: str | None = None  # of the network; none: a GPU where there is one
+    amp: bool = False  # bfloat16 in the network: much faster on CPUs with AMX, a little less exact
     checkpoint_every: int = 20  # iterations between checkpoints
     eval_every: int = 0  # iterations between evaluations while training, whose best policy is kept as best.pt; 0: none
     eval_episodes: int = 10  # whole games of an evaluation, played side by side
@@ -95,24 +101,9 @@ class Args:
     evaluate: str | None = None  # run folder, or a checkpoint in it, whose policy is played; nothing is trained
 
 
-def check_args(args):
-    """Exits with a line on arguments that can't be."""
-
-    def check(names, fine, rule):
-        for name in names.split():
-            if not (math.isfinite(value := getattr(args, name)) and fine(value)):
-                sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be {rule}")
-
-    batch_size = args.num_envs * args.num_steps
-    check("num_envs num_steps update_epochs checkpoint_every eval_episodes", lambda x: 1 <= x <= 10**8, "from 1 to 100,000,000")
-    check("num_threads", lambda x: 1 <= x <= 1024, "from 1 to 1024")
-    check("seed eval_every", lambda x: 0 <= x <= 10**9, "from 0 to 1,000,000,000")
-    check("learning_rate max_grad_norm temperature median_temperature", lambda x: x > 0, "a positive number")
-    check("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
-    check("epsilon", lambda x: 0 < x < 1, "between 0 and 1, so that the band [1−ε, 1+ε] holds positive ratios")
-    check("vf_coef median_coef ent_coef", lambda x: True, "a finite number")
-    check("num_minibatches", lambda x: 1 <= x <= batch_size / 2, f"at most half of --num-envs × --num-steps = {batch_size}")
-    check("total_timesteps", lambda x: x >= batch_size, f"at least one batch, --num-envs × --num-steps = {batch_size}")
+@dataclass
+class Args(RunArgs, AlgorithmArgs, TaskArgs):
+    """All flags; `--help` shows them in these groups."""
 
 
 # The equations --------------------------------------------------------------------------------------------------------
@@ -134,11 +125,6 @@ def median_loss(returns, median_values, temperature):
     return (F.softplus(errors, beta=1 / temperature) - 0.5 * errors).mean()  # torch's softplus(x, β) is softplus(βx)/β
 
 
-def ppo_loss(ratio, advantages, clip_coef):
-    """Clipped surrogate −E[min(ρA, clip(ρ, 1−ε, 1+ε)A)] (Schulman et al., 2017): (B,), (B,) → a scalar."""
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
-
-
 def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """A_t = δ_t + γλ·(1 − done_t)·A_{t+1} with δ_t = r_t + γ·V(s_{t+1}) − V(s_t), all (T, N) (Schulman et al., 2016).
 
@@ -151,6 +137,11 @@ def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
         last = delta + decay * last
         advantages.append(last)
     return torch.stack(advantages).flip(0)
+
+
+def ppo_loss(ratio, advantages, clip_coef):
+    """Clipped surrogate −E[min(ρA, clip(ρ, 1−ε, 1+ε)A)] (Schulman et al., 2017): (B,), (B,) → a scalar."""
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
 
 
 # Network --------------------------------------------------------------------------------------------------------------
@@ -475,6 +466,26 @@ def one_line(error):
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+def check_args(args):
+    """Exits with a line on arguments that can't be."""
+
+    def check(names, fine, rule):
+        for name in names.split():
+            if not (math.isfinite(value := getattr(args, name)) and fine(value)):
+                sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be {rule}")
+
+    batch_size = args.num_envs * args.num_steps
+    check("num_envs num_steps update_epochs checkpoint_every eval_episodes", lambda x: 1 <= x <= 10**8, "from 1 to 100,000,000")
+    check("num_threads", lambda x: 1 <= x <= 1024, "from 1 to 1024")
+    check("seed eval_every", lambda x: 0 <= x <= 10**9, "from 0 to 1,000,000,000")
+    check("learning_rate max_grad_norm temperature median_temperature", lambda x: x > 0, "a positive number")
+    check("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
+    check("epsilon", lambda x: 0 < x < 1, "between 0 and 1, so that the band [1−ε, 1+ε] holds positive ratios")
+    check("vf_coef median_coef ent_coef", lambda x: True, "a finite number")
+    check("num_minibatches", lambda x: 1 <= x <= batch_size / 2, f"at most half of --num-envs × --num-steps = {batch_size}")
+    check("total_timesteps", lambda x: x >= batch_size, f"at least one batch, --num-envs × --num-steps = {batch_size}")
+
+
 def begin(args, total_timesteps=None):
     """What `train` starts from: the run folder, its arguments, its checkpoint or None. Exits with a line on bad input.
 
@@ -711,13 +722,21 @@ CLEANRL = {
 }
 
 
+@dataclass
+class Groups:
+    task: TaskArgs
+    algorithm: AlgorithmArgs
+    run: RunArgs
+
+
 def command_line():
     """The arguments, and the names of the flags that were given. A whole number may be written as 1e6."""
     whole = lambda match: match[1] + (str(int(float(match[2]))) if float(match[2]).is_integer() else match[2])  # noqa: E731
     words = [re.sub(r"^(--[\w-]+=|)(\d*\.?\d+e\+?\d+)$", whole, word, flags=re.IGNORECASE) for word in sys.argv[1:]]
     given = {word.split("=")[0].strip("-").replace("-", "_").removeprefix("no_") for word in words if word.startswith("--")}
     try:
-        return tyro.cli(Args, args=words), given
+        groups = tyro.cli(tyro.conf.OmitArgPrefixes[Groups], args=words)
+        return Args(**vars(groups.task), **vars(groups.algorithm), **vars(groups.run)), given
     except SystemExit:
         for name in sorted(given & CLEANRL.keys()):
             print(f"{SCRIPT}: --{name.replace('_', '-')}: {CLEANRL[name]}", file=sys.stderr)

@@ -60,16 +60,15 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 
 
 @dataclass
-class Args:
+class TaskArgs:
     task: str = "Isaac-Humanoid"  # id of an Isaac Lab or mjlab task
-    loss: Literal["bpo", "ppo"] = "bpo"  # the loss
-    exp_name: str = SCRIPT  # the run folder's name has it
-    seed: int = 1  # seed of networks, policy noise and environments
-    total_timesteps: int | None = None  # environment steps in all; none here and below: the task's own
     num_envs: int = 4096  # parallel environments of each process
-    device: str | None = None  # of simulation and networks; none: a GPU where there is one
     overrides: tyro.conf.Suppress[tuple[str, ...]] = ()  # of the task's configuration, given as key=value beside the flags
 
+
+@dataclass
+class AlgorithmArgs:
+    loss: Literal["bpo", "ppo"] = "bpo"  # the loss
     num_steps: int | None = None  # steps in each environment per rollout
     num_minibatches: int | None = None  # minibatches per epoch
     update_epochs: int | None = None  # passes over each rollout
@@ -94,6 +93,13 @@ class Args:
     activation: str | None = None  # activation of the hidden layers: elu, relu, tanh, selu, swish, lrelu
     init_std: float | None = None  # σ of the first policy
 
+
+@dataclass
+class RunArgs:
+    total_timesteps: int | None = None  # environment steps in all; none here and below: the task's own
+    exp_name: str = SCRIPT  # the run folder's name has it
+    seed: int = 1  # seed of networks, policy noise and environments
+    device: str | None = None  # of simulation and networks; none: a GPU where there is one
     checkpoint_every: int = 50  # iterations between checkpoints
     eval_every: int = 0  # iterations between evaluations while training, whose best policy is kept as best.pt; 0: none
     eval_episodes: int = 64  # of --evaluate and --eval-every, without noise; when a run ends, one of each environment
@@ -103,6 +109,11 @@ class Args:
     wandb_entity: str | None = None  # wandb team
     resume: str | None = None  # run folder to go on with, under its own configuration; --total-timesteps may extend it
     evaluate: str | None = None  # run folder, or a checkpoint in it, whose policy is played; nothing is trained
+
+
+@dataclass
+class Args(RunArgs, AlgorithmArgs, TaskArgs):
+    """All flags; `--help` shows them in these groups."""
 
 
 # The equations --------------------------------------------------------------------------------------------------------
@@ -124,17 +135,6 @@ def median_loss(returns, median_values, temperature):
     return (F.softplus(errors, beta=1 / temperature) - 0.5 * errors).mean()  # torch's softplus(x, β) is softplus(βx)/β
 
 
-def ppo_loss(ratio, advantages, clip_coef):
-    """Clipped surrogate −E[min(ρA, clip(ρ, 1−ε, 1+ε)A)] (Schulman et al., 2017): (B,), (B,) → a scalar."""
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
-
-
-def clipped_value_loss(values, old_values, returns, clip_coef):
-    """½E[max((V−R̂)², (V₀ + clip(V−V₀, −ε, ε) − R̂)²)], as CleanRL and the authors of PPO: (B,), (B,), (B,) → a scalar."""
-    clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-    return 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square()).mean()
-
-
 def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """A_t = δ_t + γλ·(1 − done_t)·A_{t+1} with δ_t = r_t + γ·V(s_{t+1}) − V(s_t), all (T, N) (Schulman et al., 2016).
 
@@ -147,6 +147,17 @@ def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
         last = delta + decay * last
         advantages.append(last)
     return torch.stack(advantages).flip(0)
+
+
+def ppo_loss(ratio, advantages, clip_coef):
+    """Clipped surrogate −E[min(ρA, clip(ρ, 1−ε, 1+ε)A)] (Schulman et al., 2017): (B,), (B,) → a scalar."""
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages).mean()
+
+
+def clipped_value_loss(values, old_values, returns, clip_coef):
+    """½E[max((V−R̂)², (V₀ + clip(V−V₀, −ε, ε) − R̂)²)], as CleanRL and the authors of PPO: (B,), (B,), (B,) → a scalar."""
+    clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
+    return 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square()).mean()
 
 
 def log_prob(actions, means, logstd):
@@ -974,6 +985,13 @@ CLEANRL = {
 }
 
 
+@dataclass
+class Groups:
+    task: TaskArgs
+    algorithm: AlgorithmArgs
+    run: RunArgs
+
+
 def command_line():
     """The arguments, and the names of the flags that were given. A whole number may be written as 1e6.
 
@@ -983,11 +1001,12 @@ def command_line():
     words = [re.sub(r"^(--[\w-]+=|)(\d*\.?\d+e\+?\d+)$", whole, word, flags=re.IGNORECASE) for word in sys.argv[1:]]
     name = lambda word: word.split("=")[0].strip("-").replace("-", "_").removeprefix("no_")  # noqa: E731
     given = {name(word) for word in words if word.startswith("--")}
-    args, overrides = tyro.cli(Args, args=words, return_unknown_args=True)
+    groups, overrides = tyro.cli(tyro.conf.OmitArgPrefixes[Groups], args=words, return_unknown_args=True)
     for word in overrides:
         if word.startswith("-") or "=" not in word:
             no_flag = "no flag of --help, nor an override of the task such as env.episode_length_s=5"
             sys.exit(f"{SCRIPT}: {word}: {CLEANRL.get(name(word), no_flag)}")
+    args = Args(**vars(groups.task), **vars(groups.algorithm), **vars(groups.run))
     return replace(args, overrides=tuple(overrides)), given
 
 

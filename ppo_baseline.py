@@ -47,17 +47,16 @@ SCRIPT = Path(__file__).stem
 
 
 @dataclass
-class Args:
+class TaskArgs:
     env_id: str = "HalfCheetah-v4"  # gymnasium id of the task
-    preset: Literal["default", "paper"] = "default"  # hyperparameters: one set for all tasks, or the authors' for this task
-    exp_name: str = SCRIPT  # part of the run folder's name
-    seed: int = 1  # seed of networks, policy noise and environments
-    total_timesteps: int = 1_000_000  # environment steps in all; the authors train for 40 million, Humanoid for 20 million
     num_envs: int = 1  # parallel environments
     async_envs: bool = False  # a process for each environment: for simulators slower than MuJoCo's tasks
-    num_threads: int = 1  # CPU threads of the networks; at these sizes one is fastest
-    compile: bool = False  # compile the update: faster in long runs; needs a C++ compiler
+    rescale_actions: bool = False  # stretch the policy's [−1, 1] to the task's range of actions, as gymnasium's RescaleAction
 
+
+@dataclass
+class AlgorithmArgs:
+    preset: Literal["default", "paper"] = "default"  # hyperparameters: one set for all tasks, or the authors' for this task
     num_steps: int = 2048  # steps in each environment per rollout
     num_minibatches: int = 32  # minibatches per epoch
     update_epochs: int = 10  # passes over each rollout
@@ -77,8 +76,15 @@ class Args:
     activation: Literal["tanh", "relu"] = "tanh"  # activation of the hidden layers
     log_std_init: float = 0.0  # log σ of the first policy
     actor_gain: float = 0.0  # size of the actor's last layer at the start; 0: the first policy is N(0, σ²) in every state
-    rescale_actions: bool = False  # stretch the policy's [−1, 1] to the task's range of actions, as gymnasium's RescaleAction
 
+
+@dataclass
+class RunArgs:
+    total_timesteps: int = 1_000_000  # environment steps in all; the authors train for 40 million, Humanoid for 20 million
+    exp_name: str = SCRIPT  # part of the run folder's name
+    seed: int = 1  # seed of networks, policy noise and environments
+    num_threads: int = 1  # CPU threads of the networks; at these sizes one is fastest
+    compile: bool = False  # compile the update: faster in long runs; needs a C++ compiler
     checkpoint_every: int = 10  # iterations between checkpoints
     eval_every: int = 0  # iterations between evaluations while training, whose best policy is kept as best.pt; 0: none
     eval_episodes: int = 10  # episodes of an evaluation, played without noise
@@ -90,25 +96,9 @@ class Args:
     evaluate: str | None = None  # run folder, or a checkpoint in it, whose policy is played; nothing is trained
 
 
-def check_args(args):
-    """Exits with a line on arguments that can't be."""
-
-    def check(names, fine, rule):
-        for name in names.split():
-            if (value := getattr(args, name)) is not None and not (math.isfinite(value) and fine(value)):
-                sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be {rule}")
-
-    batch_size = args.num_envs * args.num_steps
-    counts = "num_envs num_steps update_epochs hidden_size checkpoint_every eval_episodes"
-    check(counts, lambda x: 1 <= x <= 10**8, "at least 1, and at most 100,000,000")
-    check("num_threads", lambda x: 1 <= x <= 1024, "at least 1, and at most 1024")
-    check("seed eval_every", lambda x: 0 <= x <= 10**9, "between 0 and 1,000,000,000")
-    check("learning_rate max_grad_norm", lambda x: x > 0, "a positive number")
-    check("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
-    check("clip_coef", lambda x: 0 < x < 1, "between 0 and 1, so that the band [1−ε, 1+ε] holds positive ratios")
-    check("vf_coef ent_coef log_std_init actor_gain", lambda x: True, "a finite number")
-    check("num_minibatches", lambda x: 1 <= x <= batch_size / 2, f"at most half of --num-envs × --num-steps = {batch_size}")
-    check("total_timesteps", lambda x: x >= batch_size, f"at least one batch, --num-envs × --num-steps = {batch_size}")
+@dataclass
+class Args(RunArgs, AlgorithmArgs, TaskArgs):
+    """All flags; `--help` shows them in these groups."""
 
 
 # The equations --------------------------------------------------------------------------------------------------------
@@ -559,6 +549,27 @@ def one_line(error):
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+def check_args(args):
+    """Exits with a line on arguments that can't be."""
+
+    def check(names, fine, rule):
+        for name in names.split():
+            if (value := getattr(args, name)) is not None and not (math.isfinite(value) and fine(value)):
+                sys.exit(f"{SCRIPT}: --{name.replace('_', '-')} {value} must be {rule}")
+
+    batch_size = args.num_envs * args.num_steps
+    counts = "num_envs num_steps update_epochs hidden_size checkpoint_every eval_episodes"
+    check(counts, lambda x: 1 <= x <= 10**8, "at least 1, and at most 100,000,000")
+    check("num_threads", lambda x: 1 <= x <= 1024, "at least 1, and at most 1024")
+    check("seed eval_every", lambda x: 0 <= x <= 10**9, "between 0 and 1,000,000,000")
+    check("learning_rate max_grad_norm", lambda x: x > 0, "a positive number")
+    check("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
+    check("clip_coef", lambda x: 0 < x < 1, "between 0 and 1, so that the band [1−ε, 1+ε] holds positive ratios")
+    check("vf_coef ent_coef log_std_init actor_gain", lambda x: True, "a finite number")
+    check("num_minibatches", lambda x: 1 <= x <= batch_size / 2, f"at most half of --num-envs × --num-steps = {batch_size}")
+    check("total_timesteps", lambda x: x >= batch_size, f"at least one batch, --num-envs × --num-steps = {batch_size}")
+
+
 def begin(args, total_timesteps=None):
     """What `train` starts from: the run folder, its arguments, its checkpoint or None. Exits with a line on bad input.
 
@@ -783,13 +794,21 @@ CLEANRL = {
 }
 
 
+@dataclass
+class Groups:
+    task: TaskArgs
+    algorithm: AlgorithmArgs
+    run: RunArgs
+
+
 def command_line():
     """The arguments, and the names of the flags that were given. A whole number may be written as 1e6."""
     whole = lambda match: match[1] + (str(int(float(match[2]))) if float(match[2]).is_integer() else match[2])  # noqa: E731
     words = [re.sub(r"^(--[\w-]+=|)(\d*\.?\d+e\+?\d+)$", whole, word, flags=re.IGNORECASE) for word in sys.argv[1:]]
     given = {word.split("=")[0].strip("-").replace("-", "_").removeprefix("no_") for word in words if word.startswith("--")}
     try:
-        return tyro.cli(Args, args=words), given
+        groups = tyro.cli(tyro.conf.OmitArgPrefixes[Groups], args=words)
+        return Args(**vars(groups.task), **vars(groups.algorithm), **vars(groups.run)), given
     except SystemExit:
         for name in sorted(given & CLEANRL.keys()):
             print(f"{SCRIPT}: --{name.replace('_', '-')}: {CLEANRL[name]}", file=sys.stderr)
