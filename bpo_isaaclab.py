@@ -477,9 +477,9 @@ def train(args):
                     save("best.pt")
 
         if RANK == 0:
+            log.close()
             evaluate(agent, envs, args, run_dir)
             export_policy(agent, run_dir)
-            log.close()
             finish(args, run_dir)
     return run_dir
 

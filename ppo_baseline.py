@@ -468,6 +468,7 @@ def train(args, run=None):
                 save_checkpoint(run_dir / "best.pt", agent, args, step=iteration * batch_size, score=score)
 
     envs.close()
+    log.progress.close()
     for episode, score in enumerate(evaluate(agent, args, run_dir)):
         log.writer.add_scalar("eval/episodic_return", score, episode)
     log.close()
