@@ -128,8 +128,8 @@ def median_loss(returns, median_values, temperature):
 def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """A_t = δ_t + γλ·(1 − done_t)·A_{t+1} with δ_t = r_t + γ·V(s_{t+1}) − V(s_t), all (T, N) (Schulman et al., 2016).
 
-    V(s_{t+1}) is that of where the action led, before any reset, and 0 after a termination, whatever `next_values` has there.
-    Every end of an episode, by time limit too, ends the sum.
+    `next_values` are V of the states that the actions led to, before any reset; after a termination 0 is taken in their place.
+    `dones` are terminations and time limits: both end the sum.
     """
     deltas = rewards + gamma * torch.where(terminations > 0, 0.0, next_values) - values
     advantages, last = [], torch.zeros_like(deltas[0])
@@ -359,10 +359,10 @@ def train(args, run=None):
     logprobs, values = torch.zeros((2, *shape), device=args.device)
     rewards = np.zeros(shape)
     terminations, truncations, forced = np.zeros((3, *shape), bool)
-    log = Log(args, run_dir, start_time, iteration * batch_size)
+    log, start = Log(args, run_dir, start_time, iteration * batch_size), iteration
 
     while True:
-        if iteration % args.checkpoint_every == 0 or iteration == num_iterations:
+        if iteration % args.checkpoint_every == 0 or iteration in (start, num_iterations):
             save_checkpoint(run_dir / "checkpoint.pt", agent, args, iteration=iteration, seconds=time.time() - start_time,
                             best=best, optimizer=optimizer.state_dict(), torch_rng=torch.get_rng_state(),
                             seeds=torch.from_numpy(envs.seeds), games=[torch.tensor(list(played)) for played in envs.actions],

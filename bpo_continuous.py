@@ -7,9 +7,9 @@ PPO asks how far a policy may move and clips it there. BPO asks where it should 
     μ  = argmin_u E_{a∼π₀}[ λ·softplus((R̂−u)/λ) − ½(R̂−u) ]         the soft median of R̂, which makes E_{π₀}[ρ*] = 1
     L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = R̂ − V(s)               the policy loss: μ picks the side, V gives the weight
 
-R̂ is the GAE return of the action taken, in place of Q(s,a); V, PPO's critic, is its mean. A and Ã follow the critics as they
-learn. λ is so small that ρ* is nearly always an edge of the band. Where A and Ã have the same sign, the gradient up to ρ* is
-that of PPO's −ρA; past ρ* PPO's is zero, and BPO's points back.
+R̂ is the GAE return of the action taken, in place of Q(s,a), and stays as it is during an update; V, PPO's critic, is its mean.
+A and Ã are taken anew in each minibatch. λ, --temperature, is so small that ρ* is nearly always an edge of the band. Where A
+and Ã have the same sign, the gradient up to ρ* is that of PPO's −ρA; past ρ* PPO's is zero, and BPO's points back.
 Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
     python bpo_continuous.py --env-id Humanoid-v4                   trains; all goes to runs/<env>__<exp_name>__<seed>__<time>/
@@ -134,8 +134,8 @@ def median_loss(returns, median_values, temperature):
 def gae(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
     """A_t = δ_t + γλ·(1 − done_t)·A_{t+1} with δ_t = r_t + γ·V(s_{t+1}) − V(s_t), all (T, N) (Schulman et al., 2016).
 
-    V(s_{t+1}) is that of where the action led, before any reset, and 0 after a termination, whatever `next_values` has there.
-    Every end of an episode, by time limit too, ends the sum.
+    `next_values` are V of the states that the actions led to, before any reset; after a termination 0 is taken in their place.
+    `dones` are terminations and time limits: both end the sum.
     """
     deltas = rewards + gamma * torch.where(terminations > 0, 0.0, next_values) - values
     advantages, last = [], torch.zeros_like(deltas[0])
@@ -194,7 +194,7 @@ class Agent(nn.Module):
         return values, median_values
 
     def normalize(self, obs):
-        """Raw observations (..., D) → the networks' inputs, float32 arrays both; in standard deviations with --norm-obs."""
+        """Raw observations (..., D) → the networks' inputs, a float32 array; in standard deviations with --norm-obs."""
         if self.args.norm_obs:
             obs = ((obs - self.obs_rms.mean.numpy()) * self.obs_rms.scale.numpy()).clip(-10, 10)
         return obs.astype(np.float32)
@@ -233,7 +233,7 @@ class RunningMeanStd(nn.Module):
 
 
 def in_numpy(network):
-    """The same function of float32 arrays, on the memory of the weights: for one row torch takes several times as long."""
+    """The same function of float32 arrays, with the very weights: for one row torch takes several times as long."""
 
     def in_torch(layer):
         return lambda x: layer(torch.from_numpy(x)).detach().numpy()
@@ -275,8 +275,8 @@ def make_env(env_id, video_folder=None, name_prefix="train"):
     space, actions = env.observation_space, env.action_space
     if not isinstance(actions, gym.spaces.Box) or not np.issubdtype(actions.dtype, np.floating):
         sys.exit(f"{SCRIPT}: {env_id}'s actions are {actions}: this script is for continuous actions, a Box of reals")
-    image = isinstance(space, gym.spaces.Box) and len(space.shape) > 1 + (space.dtype != np.uint8)  # (H, W) bytes, or (H, W, C)
-    if image or not space.is_np_flattenable:
+    dimensions = len(space.shape) if isinstance(space, gym.spaces.Box) else 1
+    if dimensions > 2 or (dimensions == 2 and space.dtype == np.uint8) or not space.is_np_flattenable:
         sys.exit(f"{SCRIPT}: {env_id} observes {space}: this script takes vectors, and no images")
     if video_folder:
         length = 0 if env.spec.max_episode_steps else 1000  # steps, kept in memory; 0: whole episodes
@@ -299,32 +299,42 @@ class SyncEnvs(gym.vector.SyncVectorEnv):
 
 
 class Task(gym.Wrapper):
-    """A task without its infos, which cost a vector environment time. `episode` can be saved: it is replayed when it is set."""
+    """A task without its infos, which cost a vector environment time, and with episodes that can be saved and played again."""
 
     seed, number = 0, 0
 
     def reset(self, *, seed=None, options=None):
+        """Each episode has a seed of its own, which follows from that of the first."""
         self.seed, self.number = (self.seed, self.number + 1) if seed is None else (seed, 0)
         later_seed = int(np.random.SeedSequence((self.seed, self.number)).generate_state(1)[0])
-        self.actions, (self.obs, _) = [], self.env.reset(seed=later_seed if self.number else self.seed, options=options)
+        self.obs, _ = self.env.reset(seed=later_seed if self.number else self.seed, options=options)
+        self.actions, self.score, self.length = [], 0.0, 0
         return self.obs, {}
 
     def step(self, action):
+        if self.length < 100_000:  # a longer episode can't be saved
+            self.actions.append(np.array(action))
         self.obs, reward, terminated, truncated, _ = self.env.step(action)
-        if len(self.actions) < 100_000:  # a longer episode isn't replayed
-            self.actions.append(action)
-        return self.obs, np.asarray(reward).item(), terminated, truncated, {}  # a reward of shape (1,) is a number too
+        reward = np.asarray(reward).item()  # one of shape (1,) is a number too
+        self.score, self.length = self.score + reward, self.length + 1
+        return self.obs, reward, terminated, truncated, {}
 
     @property
     def episode(self):
-        return {"seed": self.seed, "number": self.number, "actions": torch.from_numpy(np.array(self.actions))}
+        """The running episode: its seed and actions, and what they led to."""
+        actions, obs = torch.from_numpy(np.array(self.actions)), torch.from_numpy(np.array(self.obs))
+        start = {"seed": self.seed, "number": self.number, "actions": actions}
+        return start | {"obs": obs, "score": self.score, "length": self.length}
 
     @episode.setter
     def episode(self, episode):
+        """Plays it again; `replayed` tells whether it led to the same."""
         self.seed, self.number = episode["seed"], episode["number"] - 1
         self.reset()
         for action in episode["actions"].numpy():
             self.step(action)
+        same = np.array_equal(self.obs, episode["obs"].numpy(), equal_nan=True)
+        self.replayed = same and (self.score, self.length) == (episode["score"], episode["length"])
 
 
 def make_envs(args, run_dir):
@@ -349,7 +359,7 @@ def total_loss(agent, args, obs, actions, logprobs, returns):
 
     policy_loss = bpo_loss(ratio, advantages, median_advantages, args.epsilon, args.temperature)
     value_loss = 0.5 * F.mse_loss(values, returns)
-    mu_loss = median_loss(returns, median_values, args.median_temperature or args.temperature) * args.use_median
+    mu_loss = args.use_median * median_loss(returns, median_values, args.median_temperature or args.temperature)
     entropy = agent.entropy()
     loss = policy_loss + args.vf_coef * value_loss + args.median_coef * mu_loss - args.ent_coef * entropy
     return loss, torch.stack([policy_loss, value_loss, mu_loss, entropy])
@@ -413,9 +423,10 @@ def train(args, run=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["torch_rng"])
         envs.set_attr("episode", checkpoint["episodes"])
-        replayed = np.stack(envs.get_attr("obs")).astype(next_obs.dtype)
-        if np.array_equal(replayed, checkpoint["next_obs"].numpy(), equal_nan=True):
-            next_obs, (episode_return, episode_length, discounted) = replayed, (x.numpy() for x in checkpoint["sums"])
+        if all(envs.get_attr("replayed")):
+            next_obs = np.stack(envs.get_attr("obs")).astype(next_obs.dtype)
+            episode_return, episode_length = np.array(envs.get_attr("score")), np.array(envs.get_attr("length"))
+            discounted = checkpoint["discounted"].numpy()
         else:
             next_obs, _ = envs.reset(seed=args.seed + iteration)
             print(f"{args.env_id}: the same seed and actions led to another state: new episodes begin")
@@ -425,14 +436,13 @@ def train(args, run=None):
     actions = np.zeros((*shape, action_dim), np.float32)
     rewards, discounted_returns = np.zeros(shape), np.zeros(shape)
     terminations, truncations = np.zeros(shape, bool), np.zeros(shape, bool)
-    log = Log(args, run_dir, start_time, iteration * batch_size)
+    log, start = Log(args, run_dir, start_time, iteration * batch_size), iteration
 
     while True:
-        if iteration % args.checkpoint_every == 0 or iteration == num_iterations:
+        if iteration % args.checkpoint_every == 0 or iteration in (start, num_iterations):
             save_checkpoint(run_dir / "checkpoint.pt", agent, args, iteration=iteration, seconds=time.time() - start_time,
                             best=best, optimizer=optimizer.state_dict(), torch_rng=torch.get_rng_state(),
-                            episodes=envs.get_attr("episode"), next_obs=torch.from_numpy(next_obs),
-                            sums=[torch.from_numpy(x) for x in (episode_return, episode_length, discounted)])  # fmt: skip
+                            episodes=envs.get_attr("episode"), discounted=torch.from_numpy(discounted))  # fmt: skip
         if iteration == num_iterations:
             break
         if args.anneal_lr:
@@ -454,10 +464,10 @@ def train(args, run=None):
                 episode_return[i] = episode_length[i] = discounted[i] = 0
         iteration += 1
 
-        # Advantages and returns. The statistics of the observations stand still while a rollout is collected and learned
-        # from, so that π₀ is one policy. The first rollout alone may set them before: with --actor-gain 0 it used no input.
-        unused = iteration == 1 and args.actor_gain == 0
-        if unused:
+        # Advantages and returns. The statistics of the observations move after the update, so that π₀ is one policy; those of
+        # the first rollout come before it, if its policy was blind: with --actor-gain 0 it ignored its input.
+        blind = iteration == 1 and args.actor_gain == 0
+        if blind:
             agent.obs_rms.update(obs.reshape(batch_size, -1))
         agent.return_rms.update(discounted_returns.flatten())
         scaled_rewards = torch.from_numpy(rewards)
@@ -475,7 +485,7 @@ def train(args, run=None):
         # Update.
         batch = [tensor.flatten(0, 1) for tensor in (b_obs, b_actions, b_logprobs, b_returns)]
         terms = update(agent, optimizer, batch, args, update_step)
-        if not unused:
+        if not blind:
             agent.obs_rms.update(obs.reshape(batch_size, -1))
 
         metrics = dict(zip(("policy_loss", "value_loss", "median_loss", "entropy"), terms)) | ratio_metrics(agent, args, *batch)

@@ -330,6 +330,23 @@ def test_a_task_that_does_not_repeat_itself_resumes_with_new_episodes_and_says_s
     assert checkpoint(run_dir)["iteration"] == 4
 
 
+def test_a_replay_with_other_rewards_or_too_long_to_be_saved_is_noticed(monkeypatch):
+    class Unseeded(Countdown):
+        def step(self, action):
+            obs, _, _, _, _ = super().step(action)
+            action *= 0  # an action that a task changes is saved as it was
+            return obs * 0, np.random.default_rng().normal() if self.noisy else 1.0, False, False, {}
+
+    for noisy, steps, replayed in ((False, 20, True), (True, 20, False), (False, 100_001, False)):
+        env, twin = bpo.Task(Unseeded()), bpo.Task(Unseeded())
+        env.unwrapped.noisy = twin.unwrapped.noisy = noisy
+        env.reset(seed=1)
+        for _ in range(steps):
+            env.step(np.ones(1))
+        twin.episode = env.episode
+        assert twin.replayed == replayed and (twin.actions == env.actions) and env.actions[0] == 1
+
+
 @pytest.mark.parametrize("async_envs", [False, True])
 def test_a_task_in_a_wrapper_of_its_own_resumes_to_the_same_weights(async_envs, tmp_path, monkeypatch, capsys):
     gym.register("Stacked-v0", lambda **kwargs: gym.wrappers.FrameStackObservation(gym.make("Hopper-v5", **kwargs), 2))
@@ -828,6 +845,19 @@ def test_a_finished_run_can_be_extended(anneal_lr, tmp_path, monkeypatch, capsys
     if not anneal_lr:
         assert_same_weights(whole, first)
         assert episodes(whole) == episodes(first)
+
+
+def test_a_run_that_is_extended_and_interrupted_at_once_stays_extended(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = bpo.train(bpo.Args(env_id="Hopper-v4", total_timesteps=512, **SMALL))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bpo, "update", interrupted)
+    with pytest.raises(SystemExit):
+        main(bpo, monkeypatch, "--resume", run_dir, "--total-timesteps", 1024)
+    assert checkpoint(run_dir)["args"]["total_timesteps"] == 1024 and checkpoint(run_dir)["iteration"] == 2
 
 
 def test_load_agent_acts_as_the_evaluation_does(tmp_path, monkeypatch, capsys):
