@@ -331,7 +331,7 @@ def map_table(returns, axes):
         drawn = {task: runs[..., generator.integers(0, runs.shape[-1], runs.shape[-1])] for task, runs in returns.items()}
         resamples.append(map_measures(map_scores(drawn)))
     lines = ["| measure | other settings | bpo | ppo | bpo − ppo |", "|---|---|---|---|---|"]
-    for i, name in enumerate(names):
+    for i, name in enumerate(names if len(returns) > 1 else names[:3]):  # a sensitivity takes two tasks
         for j, settings in enumerate(axes[1]):
             bpo, ppo = measures[i, :, j]
             difference = f"{bpo - ppo:.2f}"

@@ -181,12 +181,13 @@ def test_the_readme_s_lines_are_the_script_s_and_its_patch_of_ppo_gives_the_same
     exec(functions, names)
     values, median_values = critic(obs).unbind(-1)
     names["value_loss"] = 0.5 * (values - returns).square().mean()
+    names["entropy"] = torch.tensor(2.0)
     exec(patch, names)
 
     class Agent:
         log_prob = staticmethod(lambda obs, actions: ratio.log())
         get_values = staticmethod(lambda obs: (values, median_values))
-        entropy = staticmethod(lambda: torch.zeros(()))
+        entropy = staticmethod(lambda: torch.tensor(2.0))
 
-    loss, _ = bpo.total_loss(Agent, bpo.Args(ent_coef=0.0), obs, None, torch.zeros(64), returns)
+    loss, _ = bpo.total_loss(Agent, bpo.Args(), obs, None, torch.zeros(64), returns)
     torch.testing.assert_close(names["loss"], loss)

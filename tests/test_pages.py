@@ -33,19 +33,8 @@ def test_the_readme_is_a_screen_and_a_half():
 def test_flags_that_pages_name_are_flags_of_a_script():
     scripts = [*ROOT.glob("*.py"), *(ROOT / "benchmark").glob("*.py")]
     known = set(re.findall(r"^    (\w+): ", "\n".join(script.read_text() for script in scripts), re.MULTILINE))
-    others = {
-        "help",
-        "logdir",
-        "cuda",
-        "target_kl",
-        "no_deps",
-        "nproc_per_node",
-        "rl_library",
-        "algo",
-        "env",
-        "conf_file",
-        "agent",
-    }
+    others = "help logdir cuda target_kl no_deps nproc_per_node rl_library algo env conf_file agent max_iterations gpu_ids"
+    others = set(others.split())
     for page in PAGES:
         for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+)", page.read_text()):
             name = flag.replace("-", "_")
