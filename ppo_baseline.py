@@ -506,6 +506,9 @@ def compiled_step(agent, args):
 
     It skips torch.compile, whose checks before each call would take as long as the arithmetic.
     """
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     shapes = {f"agent.{name}": parameter.shape for name, parameter in agent.named_parameters()}
     compiled = {}
 
@@ -539,8 +542,10 @@ def compiled_step(agent, args):
             graph = make_fx(adam)(*[tensor.clone() for tensor in inputs])
             for node in graph.graph.nodes:
                 node.meta.clear()  # the compiler makes its own
+            fake_mode = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True))  # or nothing is cached for later runs
             try:
-                compiled[size] = torch._inductor.compile(graph, inputs, options={"cpp_wrapper": True})
+                with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+                    compiled[size] = torch._inductor.compile(graph, inputs, options={"cpp_wrapper": True})
             except Exception as error:  # such as no C++ compiler
                 if adam not in compiled.values():
                     print(f"--compile fails, training goes on without it: {one_line(error)[:200]}")
