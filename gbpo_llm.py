@@ -1,15 +1,18 @@
 """Group-relative Bounded Policy Optimization (GBPO) for language models, and GRPO in the same loop.
 
 GRPO asks how far the ratio of a token may move and clips it there. GBPO asks where it should go: of all policies whose ratio
-ρ = π/π₀ to the old policy stays in the band [1−ε_low, 1+ε_high], the best is known in closed form. Regress onto it. To
-each prompt π₀ gives a group of G completions. r_i is the reward of completion i; mean, median and sample deviation s are over
-its group; λ, the temperature, rounds the step from 1−ε_low to 1+ε_high; E is the mean over a minibatch's completion tokens:
+ρ = π/π₀ to the old policy stays in the band [1−ε_low, 1+ε_high], the best is known in closed form. Regress onto it.
+
+A batch: π₀ samples a group of G completions to each prompt. They get rewards r, and from these A and ρ*. Then come several
+passes over minibatches of whole groups. Mean, median and sample deviation s are over a completion's group:
 
     ρ*_i = 1 − ε_low + (ε_low + ε_high)·σ((r_i − median)/((s + 1e-6)·λ))     the best bounded ratio of completion i
     A_i  = (r_i − mean)/(s + 1e-6)                                           its advantage
     L    = E_{i,t}[ |A_i|·|ρ_{i,t} − ρ*_i| ],  ρ_{i,t} the ratio of token t    the policy loss
 
-With rewards of 0 and 1 the majority of a group ties with the median, so its ρ* is 1: only the minority is moved, to an edge.
+E is the mean over a minibatch's completion tokens; groups of equal rewards are left out. λ is so small that σ is a step: ρ* is
+1−ε_low below the median, 1+ε_high above it, and at it the middle of the band. With rewards of 0 and 1 the majority of a group
+is at the median: a symmetric band holds it where it is, and only the minority is moved.
 Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
     python gbpo_llm.py                                 a tiny Llama learns from scratch, in seconds on any laptop
@@ -54,7 +57,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -94,11 +96,11 @@ class AlgorithmArgs:
     num_prompts: int = 16  # prompts per batch, over all processes
     group_size: int = 8  # completions G of each prompt
     vote_size: int | None = None  # completions that vote in `--reward majority`, the first G are trained on; none: G
-    max_new_tokens: int = 512  # longest completion; from scratch on largest_digit 1
+    max_new_tokens: int = 512  # longest completion; 1 with --model-name scratch on largest_digit
     sampling_temperature: float = 1.0  # divides the logits, in sampling and in the loss
-    num_minibatches: int = 1  # minibatches per epoch
-    update_epochs: int = 2  # passes over each batch; from scratch 4
-    learning_rate: float | None = None  # step size of AdamW; none: 1e-6, with LoRA 1e-4, from scratch 5e-4
+    num_minibatches: int = 1  # minibatches per epoch, of whole groups
+    update_epochs: int = 2  # passes over each batch; 4 with --model-name scratch
+    learning_rate: float | None = None  # step size of AdamW; none: 1e-6, with LoRA 1e-4, with --model-name scratch 5e-4
     warmup_ratio: float = 0.03  # share of the batches over which the learning rate rises; then it falls to 0 as a cosine
     epsilon_low: float | None = None  # the ratio is to stay above 1 − ε_low; none: 0.3, for GRPO's clip 0.2
     epsilon_high: float | None = None  # and below 1 + ε_high; none: as ε_low
@@ -113,12 +115,11 @@ class AlgorithmArgs:
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: slower, in less memory
     tokens_per_microbatch: int = 1024  # tokens in one backward pass, the rest is accumulated; lower it if memory is short
     answers_at_a_time: int = 256  # completions sampled together; lower it if memory is short
-    row_tokens: int | None = None  # 0: a pass for each completion, for models that can't keep several in one row apart
 
 
 @dataclass
 class RunArgs:
-    total_batches: int = 200  # batches of prompts; from scratch, if no flag says otherwise, 100
+    total_batches: int = 200  # batches of prompts; 100 with --model-name scratch
     exp_name: str = SCRIPT  # the run folder's name has it
     seed: int = 1  # seed of new weights, order of the prompts and sampling
     eval_prompts: int = 200  # held-out prompts of the evaluation before and after, and of --evaluate
@@ -161,8 +162,8 @@ def soft_quantile(values, level):
 def group_target_ratios(rewards, epsilon_low, epsilon_high, temperature, threshold="median"):
     """ρ* = 1 − ε_low + (ε_low + ε_high)·σ((r − μ)/((s + 1e-6)·λ)): rewards (P, G) → (P, G) (Ao et al., 2026).
 
-    μ is the group's median, the mean of the middle two if G is even. That keeps E[ρ*] = 1 only if the band is symmetric and no
-    completion ties with it; `threshold="quantile"` takes the soft ε_high/(ε_low + ε_high) quantile, and then it is 1 always.
+    μ is the group's median, the mean of the middle two if G is even. Then E[ρ*] = 1 takes a symmetric band, and as many
+    completions above μ as below. With `threshold="quantile"`, the soft ε_high/(ε_low + ε_high) quantile, it is 1 always.
     """
     scaled = rewards.double() - rewards.double().amin(-1, keepdim=True)
     scaled = scaled / ((scaled.std(-1, keepdim=True) + 1e-6) * temperature)
@@ -235,13 +236,12 @@ class Microbatch:
 
 def split(prompts, completions, indices, args):
     """Indices of completions → those of each microbatch: as many as fit with their prompts, but one at least."""
-    limit = args.tokens_per_microbatch if args.row_tokens is None else min(args.tokens_per_microbatch, args.row_tokens)
     chunks, length = [], math.inf
     for i in sorted(indices):
         group = i // args.group_size
         shares = chunks and chunks[-1][-1] // args.group_size == group  # the prompt stands in the row already
         added = len(completions[i]) + (0 if shares else len(prompts[group]))
-        if length + added > limit:
+        if length + added > args.tokens_per_microbatch:
             chunks.append([])
             length, added = 0, len(prompts[group]) + len(completions[i])
         chunks[-1].append(i)
@@ -316,9 +316,8 @@ class Policy(nn.Module):
         logits = self.model(input_ids=microbatch.tokens, logits_to_keep=microbatch.sources, **given).logits[0]
         logits = logits / self.args.sampling_temperature
         log_sums = logits.logsumexp(-1)
-        logprobs, entropies = logits.gather(-1, microbatch.targets[:, None])[:, 0] - log_sums, torch.zeros_like(log_sums)
-        if with_entropies:  # H = log Σ e^x − E[x]
-            entropies = log_sums - (logits.softmax(-1) * logits).sum(-1)
+        logprobs = logits.gather(-1, microbatch.targets[:, None])[:, 0] - log_sums
+        entropies = log_sums - (logits.softmax(-1) * logits).sum(-1) if with_entropies else torch.zeros_like(log_sums)
         padded = torch.zeros(microbatch.mask.shape, dtype=logprobs.dtype, device=logprobs.device)
         return padded.masked_scatter(microbatch.mask, logprobs), padded.masked_scatter(microbatch.mask, entropies)
 
@@ -496,7 +495,8 @@ def update(policy, reference, optimizer, prompts, completions, batch, args, acce
         packed += [pack(prompts, completions, args.group_size, [0], device) for _ in range(most - len(packed))]
         return [(m, weight / total) for m, weight in zip(packed, weights + [0] * most)]
 
-    # Packed once: log-probabilities of another packing differ by rounding, and |ρ − ρ*| is as steep at 1e-7 as at 0.3.
+    # Packed once: log-probabilities of another packing differ by rounding, and where ρ* = 1 even ρ = 1 + 1e-7 has the full
+    # gradient of |ρ − ρ*|, of random sign.
     shuffle = torch.randperm(len(groups), generator=generator)
     minibatches = [microbatches(indices) for indices in groups[shuffle].tensor_split(args.num_minibatches)]
     minibatches = [minibatch for minibatch in minibatches if minibatch]
@@ -505,7 +505,7 @@ def update(policy, reference, optimizer, prompts, completions, batch, args, acce
             with torch.no_grad():
                 if args.kl_coef:
                     microbatch.reference_logprobs = reference(microbatch)
-                if k > 0:  # the first minibatch's are those of its own first pass
+                if k > 0:  # the first minibatch is met before any step, so its own first pass gives π₀
                     microbatch.old_logprobs, _ = policy(microbatch)
     for _ in range(args.update_epochs):
         sums = torch.zeros(len(METRICS), device=device)
@@ -513,7 +513,7 @@ def update(policy, reference, optimizer, prompts, completions, batch, args, acce
             for i, (microbatch, share) in enumerate(minibatch):
                 with contextlib.nullcontext() if i == len(minibatch) - 1 else accelerator.no_sync(policy):
                     loss, metrics = total_loss(policy, microbatch, batch, args)
-                    accelerator.backward(share * loss)  # the shares of all processes have the mean 1, as DDP takes means
+                    accelerator.backward(share * loss)  # all shares add up to the number of processes, which DDP divides by
                 sums += share * metrics
             if not math.isfinite(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)):
                 raise FloatingPointError("the gradient is not finite")
@@ -603,8 +603,8 @@ def train(args, total_batches=None):
                 completions, entropy = generate_all(own_policy, *given)
             texts = [decode(tokenizer, completion, args) for completion in completions]
 
-            # Rewards and group statistics. Groups of equal rewards have no advantage: they are left out, tokens and all, unless
-            # there is a KL or an entropy bonus, which they feel.
+            # Rewards and group statistics. Groups of equal rewards have no advantage. They are left out, as from the mean
+            # over tokens, unless there is a KL or an entropy bonus, which they feel.
             PROBLEMS.clear()
             groups = [texts[k * num_samples : (k + 1) * num_samples] for k in range(len(chosen))]
             rewards = [finite_rewards(group_rewards(group, task.train[i], task, args)) for group, i in zip(groups, chosen)]
@@ -616,6 +616,7 @@ def train(args, total_batches=None):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             batch["groups"] = learned * args.group_size + torch.arange(args.group_size)  # (·, G) indices of completions
             lengths = [float(len(completion)) for completion in completions]
+            # Those that only voted are not learned from.
             completions = [completion for k, completion in enumerate(completions) if k % num_samples < args.group_size]
             if args.reward == "majority" and len(chosen) > 1 and not collapsed:
                 collapsed = len({extract_answer(text, args.require_box) or text for text in texts}) == 1
@@ -796,24 +797,20 @@ def check_model(policy, prompts, args):
     if problem:
         sys.exit(f"{SCRIPT}: {args.model_name} is of type {model.config.model_type}, which can't be trained here: its "
                  f"samples or rows differ from plain forward passes ({problem})")  # fmt: skip
-    if args.row_tokens == 0:
+    if args.tokens_per_microbatch == 1:
         return
-    # A full row of a whole group: its last completion is furthest from the prompt, and must not feel the others.
-    size, limit = args.group_size, args.row_tokens or args.tokens_per_microbatch
-    length = min(args.max_new_tokens, max(1, (limit - len(longest)) // size))
-    answers = [[longest[(i + t) % len(longest)] for t in range(length)] for i in range(size)]
-    others = [*([answer[0]] * length for answer in answers[:-1]), answers[-1]]
-    row = split([longest], answers, range(size), args)[-1]
+    # All four in one row, where the last must not feel the others.
+    others = [[(token + 1) % config.vocab_size for token in answer] for answer in answers[:-1]] + answers[-1:]
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     mixed = len(longest) + args.max_new_tokens > (window or math.inf)
     try:
-        apart, shared = (logprobs([longest], answers, size, members)[-length:] for members in ([size - 1], row))
-        mixed |= not (shared - apart).abs().mean() < tolerance * spread
-        mixed |= not (shared - logprobs([longest], others, size, row)[-length:]).abs().max() < 0.1 * tolerance * spread
+        shared, changed = (logprobs(pair, rows, 2, range(4)) for rows in (answers, others))
+        mixed |= not (shared - alone).abs().mean() < tolerance * spread
+        mixed |= not (shared - changed)[-len(answers[-1]) :].abs().max() < 0.1 * tolerance * spread
     except (ValueError, RuntimeError, TypeError):  # a model that can't take such a mask
         mixed = True
     if mixed:
-        sys.exit(f"{SCRIPT}: {args.model_name} can't hold several completions in one row: --row-tokens 0")
+        sys.exit(f"{SCRIPT}: {args.model_name} can't hold several completions in one row: --tokens-per-microbatch 1")
 
 
 def check_args(args):
@@ -827,7 +824,7 @@ def check_args(args):
     check("group_size", lambda x: x >= 2, "at least 2, since the completions of a group are compared")
     counts = "total_batches num_prompts max_new_tokens num_minibatches update_epochs tokens_per_microbatch"
     check(f"{counts} answers_at_a_time eval_prompts sample_every checkpoint_every", lambda x: x >= 1, "at least 1")
-    not_negative = "few_shot lora_rank eval_samples eval_every row_tokens kl_coef ent_coef weight_decay"
+    not_negative = "few_shot lora_rank eval_samples eval_every kl_coef ent_coef weight_decay"
     check(not_negative, lambda x: x >= 0, "a finite number, and not negative")
     check("seed", lambda x: 0 <= x <= 10**9, "between 0 and 1,000,000,000")
     check("epsilon_low", lambda x: 0 < x < 1, "between 0 and 1, so that the band [1−ε_low, 1+ε_high] holds positive ratios")
@@ -837,12 +834,8 @@ def check_args(args):
     check("eval_top_p", lambda x: 0 < x <= 1, "above 0, and at most 1")
     check("warmup_ratio", lambda x: 0 <= x <= 1, "between 0 and 1")
     check("num_minibatches", lambda x: x <= args.num_prompts, f"at most --num-prompts {args.num_prompts}")
-    memory = psutil.virtual_memory().total
-    sampled = args.num_prompts * max(args.group_size, args.vote_size or 0)
-    token_bytes = 40 * (args.max_new_tokens + 10)  # of a completion, in Python's lists
-    if max(sampled, args.eval_samples) * token_bytes > memory or 1000 * args.eval_prompts > memory:
-        sys.exit(f"{SCRIPT}: memory can't hold the completions of a batch, --num-prompts × --group-size (or --vote-size) × "
-                 "--max-new-tokens, or those of the test, --eval-prompts × --eval-samples: lower these")  # fmt: skip
+    sizes = "num_prompts group_size vote_size max_new_tokens eval_prompts eval_samples"
+    check(sizes, lambda x: x <= 10**6, "at most 1,000,000")
 
 
 def prepare(args):

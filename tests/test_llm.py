@@ -224,16 +224,16 @@ def test_completions_in_a_shared_row_are_as_probable_as_each_on_its_own(chosen, 
     assert packed.tokens.numel() == sum(len(prompts[k]) for k in asked) + sum(len(answers[i]) for i in chosen)
 
 
-@given(st.integers(0, 1000), st.integers(0, 80), st.integers(1, 80))
-def test_every_completion_has_one_place_and_micro_batches_keep_their_limit(seed, row_tokens, tokens):
+@given(st.integers(0, 1000), st.integers(1, 80))
+def test_every_completion_has_one_place_and_micro_batches_keep_their_limit(seed, tokens):
     prompts, answers = random_groups(4, 3, seed)
     chosen = [i for i in range(12) if i // 3 != 1]  # a group without signal
-    args = replace(SMALL, group_size=3, tokens_per_microbatch=tokens, row_tokens=row_tokens)
+    args = replace(SMALL, group_size=3, tokens_per_microbatch=tokens)
     chunks = gbpo.split(prompts, answers, chosen, args)
     assert [i for chunk in chunks for i in chunk] == chosen
     length = lambda chunk: gbpo.pack(prompts, answers, 3, chunk).tokens.numel()  # noqa: E731
-    assert all(len(chunk) == 1 or length(chunk) <= min(tokens, row_tokens) for chunk in chunks)
-    assert all(length([*chunk, after[0]]) > min(tokens, row_tokens) for chunk, after in pairwise(chunks))
+    assert all(len(chunk) == 1 or length(chunk) <= tokens for chunk in chunks)
+    assert all(length([*chunk, after[0]]) > tokens for chunk, after in pairwise(chunks))
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
@@ -311,8 +311,8 @@ def test_an_update_does_not_depend_on_micro_batches_or_rows(level):
     prompts, answers = random_groups(4, 4, 5)
     rewards = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [0, 1, 0, 1], [1, 0, 1, 1]]).float()
     results = []
-    for tokens, row_tokens in ((10_000, 1000), (20, 1000), (1, 0)):
-        args = replace(SMALL, group_size=4, tokens_per_microbatch=tokens, row_tokens=row_tokens, update_epochs=3, kl_coef=0.1)
+    for tokens in (10_000, 20, 1):
+        args = replace(SMALL, group_size=4, tokens_per_microbatch=tokens, update_epochs=3, kl_coef=0.1)
         args = replace(args, ratio_level=level)
         policy = policy_of(tiny_llama())
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
@@ -367,9 +367,9 @@ def test_models_that_mix_answers_in_a_row_are_found_out_and_have_a_row_each(kind
     model = getattr(transformers, kind)(config(**sizes)).eval()
     prompts, answers = [[3, 4, 5, 6, 7, 8]], [[7, 8, 9, 10, 11, 12], [11, 12, 13]]
     policy = policy_of(model)
-    with pytest.raises(SystemExit, match="--row-tokens 0"):
+    with pytest.raises(SystemExit, match="--tokens-per-microbatch 1"):
         gbpo.check_model(policy, prompts, replace(SMALL, max_new_tokens=6))
-    gbpo.check_model(policy, prompts, replace(SMALL, max_new_tokens=6, row_tokens=0))
+    gbpo.check_model(policy, prompts, replace(SMALL, max_new_tokens=6, tokens_per_microbatch=1))
     with torch.no_grad():
         for i, answer in enumerate(answers):
             own = policy(gbpo.pack(prompts, answers, 2, [i]))[0][0]
@@ -396,7 +396,7 @@ def test_only_the_text_part_of_a_model_that_sees_images_learns(monkeypatch):
         *_, policy = gbpo.prepare(replace(SMALL, lora_rank=rank))
         learned = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
         assert learned and all("language_model" in name for name in learned)
-    with pytest.raises(SystemExit, match="--row-tokens 0"):  # the window is in a configuration of its own
+    with pytest.raises(SystemExit, match="--tokens-per-microbatch 1"):  # the window is in a configuration of its own
         gbpo.check_model(policy, [[3, 4, 5, 6]], replace(SMALL, max_new_tokens=6))
 
 

@@ -357,18 +357,20 @@ def test_the_right_models_are_let_through(name):
 @pytest.mark.parametrize("name", ONE_ROW_EACH)
 def test_models_that_mix_answers_of_a_row_have_a_row_for_each(name):
     policy, args = policy_of(make(name, **ONE_ROW_EACH[name])).eval(), replace(SMALL, max_new_tokens=8)
-    with pytest.raises(SystemExit, match="--row-tokens 0"):
+    with pytest.raises(SystemExit, match="--tokens-per-microbatch 1"):
         gbpo.check_model(policy, QUESTIONS, args)
-    gbpo.check_model(policy, QUESTIONS, replace(args, row_tokens=0))
+    gbpo.check_model(policy, QUESTIONS, replace(args, tokens_per_microbatch=1))
 
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("questions, length", [(QUESTIONS, 8), ([[5, 6, 7, 8]] * 4, 1)])
 def test_models_whose_samples_or_rows_are_not_theirs_are_refused_by_type(name, questions, length):
     model = make(name, **REFUSED[name])
-    for row_tokens in (0, 1024):
+    for tokens in (1, 1024):
         with pytest.raises(SystemExit, match=f"type {model.config.model_type}, which can't be trained") as error:
-            gbpo.check_model(policy_of(model).eval(), questions, replace(SMALL, max_new_tokens=length, row_tokens=row_tokens))
+            gbpo.check_model(
+                policy_of(model).eval(), questions, replace(SMALL, max_new_tokens=length, tokens_per_microbatch=tokens)
+            )
         assert "\n" not in str(error.value)
 
 
