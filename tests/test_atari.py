@@ -1,6 +1,7 @@
 """bpo_atari.py on the real Arcade Learning Environment: preprocessing, ends of lives and games, replay, learning, conduct."""
 
 import csv
+import importlib.metadata
 import json
 import os
 import signal
@@ -598,7 +599,7 @@ def test_the_best_policy_of_the_evaluations_on_the_way_is_kept(tmp_path, monkeyp
     assert run_dir.name.startswith("ALE-Breakout-v5__first-try__1__")
     assert b"|epsilon|0.3|" in logged.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0]
     config = json.loads((run_dir / "config.json").read_text())
-    assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"]["torch"] == importlib.metadata.version("torch")
     assert not (ROOT / ".git").exists() or len(config["commit"].removesuffix("-dirty")) == 40
     assert {"python", "numpy", "gymnasium", "ale-py"} <= set(config["versions"])
 

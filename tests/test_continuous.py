@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import importlib.metadata
 import json
 import os
 import re
@@ -1018,7 +1019,7 @@ def test_config_and_events_tell_versions_commit_and_flags(tmp_path, monkeypatch)
     run_dir = bpo.train(bpo.Args(env_id="Pendulum-v1", total_timesteps=256, exp_name="first/try", **SMALL))
     assert run_dir.name.startswith("Pendulum-v1__first-try__1__")
     config = json.loads((run_dir / "config.json").read_text())
-    assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"]["torch"] == importlib.metadata.version("torch")
     assert {"python", "numpy", "gymnasium", "mujoco"} <= set(config["versions"])
     assert not (ROOT / ".git").exists() or len(config["commit"].removesuffix("-dirty")) == 40
     events = EventAccumulator(str(run_dir)).Reload()
