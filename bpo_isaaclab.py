@@ -418,10 +418,10 @@ def train(args):
         rollout = {"critic_obs": zeros(critic_obs.shape[1]), "next_obs": zeros(critic_obs.shape[1])}
         rollout |= {name: zeros() for name in ("rewards", "terminations", "dones")}
         episode_return, episode_length = torch.zeros((2, args.num_envs), device=args.device)
-        log = Log(args, run_dir, start_time, iteration * batch_size) if RANK == 0 else None
+        log, start = Log(args, run_dir, start_time, iteration * batch_size) if RANK == 0 else None, iteration
 
         while True:
-            if RANK == 0 and (iteration % args.checkpoint_every == 0 or iteration == num_iterations):
+            if RANK == 0 and (iteration % args.checkpoint_every == 0 or iteration in (start, num_iterations)):
                 save()
             if iteration == num_iterations:
                 break

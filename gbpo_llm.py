@@ -586,8 +586,8 @@ def train(args, total_batches=None):
             log.evaluation(state["batch"], evaluation)
 
     try:
+        save()  # a run that was extended is so from here on
         if not state["evaluations"]:
-            save()
             evaluate_now()
             save()
         while state["batch"] < args.total_batches:

@@ -210,7 +210,7 @@ class RunningMeanStd(nn.Module):
 
 
 def in_numpy(network):
-    """The same function of float32 arrays, with the very weights: for one row torch takes several times as long."""
+    """The same function of float32 arrays, on the same weights: for one row torch takes several times as long."""
 
     def in_torch(layer):
         return lambda x: layer(torch.from_numpy(x)).detach().numpy()
@@ -285,33 +285,28 @@ class Task(gym.Wrapper):
         self.seed, self.number = (self.seed, self.number + 1) if seed is None else (seed, 0)
         later_seed = int(np.random.SeedSequence((self.seed, self.number)).generate_state(1)[0])
         self.obs, _ = self.env.reset(seed=later_seed if self.number else self.seed, options=options)
-        self.actions, self.score, self.length = [], 0.0, 0
+        self.actions = []
         return self.obs, {}
 
     def step(self, action):
-        if self.length < 100_000:  # a longer episode can't be saved
+        if len(self.actions) < 100_000:  # a longer episode can't be saved
             self.actions.append(np.array(action))
         self.obs, reward, terminated, truncated, _ = self.env.step(action)
-        reward = np.asarray(reward).item()  # one of shape (1,) is a number too
-        self.score, self.length = self.score + reward, self.length + 1
-        return self.obs, reward, terminated, truncated, {}
+        return self.obs, np.asarray(reward).item(), terminated, truncated, {}  # a reward of shape (1,) is a number too
 
     @property
     def episode(self):
-        """The running episode: its seed and actions, and what they led to."""
-        actions, obs = torch.from_numpy(np.array(self.actions)), torch.from_numpy(np.array(self.obs))
-        start = {"seed": self.seed, "number": self.number, "actions": actions}
-        return start | {"obs": obs, "score": self.score, "length": self.length}
+        """What the running episode follows from."""
+        return {"seed": self.seed, "number": self.number, "actions": torch.from_numpy(np.array(self.actions))}
 
     @episode.setter
     def episode(self, episode):
-        """Plays it again; `replayed` tells whether it led to the same."""
+        """Plays it again; `score` is its return so far."""
         self.seed, self.number = episode["seed"], episode["number"] - 1
         self.reset()
+        self.score = 0.0
         for action in episode["actions"].numpy():
-            self.step(action)
-        same = np.array_equal(self.obs, episode["obs"].numpy(), equal_nan=True)
-        self.replayed = same and (self.score, self.length) == (episode["score"], episode["length"])
+            self.score += self.step(action)[1]
 
 
 def make_envs(args, run_dir):
@@ -397,10 +392,11 @@ def train(args, run=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["torch_rng"])
         envs.set_attr("episode", checkpoint["episodes"])
-        if all(envs.get_attr("replayed")):
-            next_obs = np.stack(envs.get_attr("obs")).astype(next_obs.dtype)
-            episode_return, episode_length = np.array(envs.get_attr("score")), np.array(envs.get_attr("length"))
-            discounted = checkpoint["discounted"].numpy()
+        lengths = [len(actions) for actions in envs.get_attr("actions")]
+        replayed = np.stack(envs.get_attr("obs")).astype(next_obs.dtype), envs.get_attr("score"), lengths
+        saved = [tensor.numpy() for tensor in checkpoint["rollout"]]
+        if all(np.array_equal(a, b, equal_nan=True) for a, b in zip(replayed, saved)):
+            next_obs, episode_return, episode_length, discounted = saved
         else:
             next_obs, _ = envs.reset(seed=args.seed + iteration)
             print(f"{args.env_id}: the same seed and actions led to another state: new episodes begin")
@@ -414,9 +410,10 @@ def train(args, run=None):
 
     while True:
         if iteration % args.checkpoint_every == 0 or iteration in (start, num_iterations):
+            rollout = [torch.from_numpy(x) for x in (next_obs, episode_return, episode_length, discounted)]
             save_checkpoint(run_dir / "checkpoint.pt", agent, args, iteration=iteration, seconds=time.time() - start_time,
                             best=best, optimizer=optimizer.state_dict(), torch_rng=torch.get_rng_state(),
-                            episodes=envs.get_attr("episode"), discounted=torch.from_numpy(discounted))  # fmt: skip
+                            episodes=envs.get_attr("episode"), rollout=rollout)  # fmt: skip
         if iteration == num_iterations:
             break
         if args.anneal_lr:

@@ -17,19 +17,8 @@ EQUATIONS = {
 SHOWN = BPO | PPO | {"gae", "group_advantages", "soft_quantile", "group_target_ratios", "log_ratio", "masked_mean", "gbpo_loss"}
 SHOWN |= {"grpo_loss", "kl_loss"}
 # What may differ between bpo_continuous.py and ppo_baseline.py: hyperparameters, critics and loss.
-OWN = {
-    "AlgorithmArgs",
-    "RunArgs",
-    "check_args",
-    "Agent",
-    "total_loss",
-    "train",
-    "ratio_metrics",
-    "PAPER_ALL",
-    "PAPER",
-    "paper_settings",
-    "CLEANRL",
-}
+OWN = {"AlgorithmArgs", "RunArgs", "check_args", "Agent", "total_loss", "train", "ratio_metrics", "PAPER_ALL", "PAPER"}
+OWN |= {"paper_settings", "CLEANRL"}
 
 
 def definitions(script):
