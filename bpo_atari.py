@@ -7,9 +7,10 @@ PPO asks how far a policy may move and clips it there. BPO asks where it should 
     μ  = argmin_u E_{a∼π₀}[ λ·softplus((R̂−u)/λ) − ½(R̂−u) ]         the soft median of R̂, which makes E_{π₀}[ρ*] = 1
     L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = R̂ − V(s)               the policy loss: μ picks the side, V gives the weight
 
-R̂ is the GAE return of the action taken, in place of Q(s,a); V, PPO's critic, is its mean. A and Ã follow the critics as they
-learn. λ is so small that ρ* is nearly always an edge of the band. Where A and Ã have the same sign, the gradient up to ρ* is
-that of PPO's −ρA; past ρ* PPO's is zero, and BPO's points back.
+R̂ is the GAE return of the action taken, in place of Q(s,a), and stays as it is during an update. V, PPO's critic, learns its
+mean. A and Ã are taken anew in each minibatch. In ρ* λ is so small, 0.001, that it is nearly always an edge of the band; in μ
+it is the authors' 1, which moves μ towards the mean. Where A and Ã have the same sign, the gradient up to ρ* is that of PPO's
+−ρA; past ρ* PPO's is zero, and BPO's points back.
 Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
     python bpo_atari.py --env-id ALE/Pong-v5                    trains; all goes to runs/<env>__<exp_name>__<seed>__<time>/
@@ -63,14 +64,14 @@ class TaskArgs:
 
 @dataclass
 class AlgorithmArgs:
-    loss: Literal["bpo", "ppo"] = "bpo"  # the loss; each brings the authors' hyperparameters, `PPO` has those that differ
+    loss: Literal["bpo", "ppo"] = "bpo"  # the loss; on the command line PPO has the authors' settings for it: see `PPO`
     num_steps: int = 128  # actions in each game per rollout
     num_minibatches: int = 4  # minibatches per epoch
     update_epochs: int = 5  # passes over each rollout
     learning_rate: float = 2.5e-4  # step size of Adam
     anneal_lr: bool = False  # lower the learning rate linearly to 0
     gamma: float = 0.98  # discount γ
-    gae_lambda: float = 0.95  # λ of GAE, the generalised advantage estimator
+    gae_lambda: float = 0.95  # decay of GAE, the generalised advantage estimator
     epsilon: float = 0.3  # half-width ε of the band the ratio is to stay in; PPO's clip
     temperature: float = 1e-3  # λ, in units of the returns: where |R̂−μ| is far above it, ρ* is an edge of the band
     use_median: bool = True  # Ã is R̂ − μ(s); --no-use-median: R̂ − V(s), the paper's ablation
@@ -85,7 +86,7 @@ class AlgorithmArgs:
 @dataclass
 class RunArgs:
     total_timesteps: int = 10_000_000  # actions in all, each of 4 frames; the authors train for 40 million
-    exp_name: str = SCRIPT  # the run folder's name has it
+    exp_name: str = SCRIPT  # part of the run folder's name
     seed: int = 1  # seed of network, policy noise and games
     num_threads: int = int(OMP_THREADS) if OMP_THREADS.isdecimal() else CPUS  # CPU threads of network and games
     device: str | None = None  # of the network; none: a GPU where there is one
@@ -154,14 +155,14 @@ def layer_init(layer, gain=2**0.5):
 
 
 def gumbel(*shape, generator=None):
-    """Gumbel noise: the largest of log-probabilities and noise, summed, is a sample."""
+    """Gumbel noise: argmax(log π + noise) is a sample of π."""
     return -torch.empty(shape).exponential_(generator=generator).log()
 
 
 class Agent(nn.Module):
     """Categorical actor, mean critic V and median critic μ on the features of one Nature CNN (Mnih et al., 2015).
 
-    As with the authors, BPO's actor and V have a hidden layer each, and μ sits on V's. PPO has none, as SB3's CnnPolicy.
+    As with the authors, BPO's actor and V have a hidden layer each, and μ is an MLP on V's. PPO has none, as SB3's CnnPolicy.
     """
 
     def __init__(self, num_actions, args):
@@ -188,8 +189,9 @@ class Agent(nn.Module):
             x = F.conv2d(obs.float(), first.weight / 255, first.bias, first.stride)  # fewer weights to divide than pixels
             for layer in others:
                 x = layer(x)
-            features = self.features(x.permute(0, 2, 3, 1).flatten(1)).float()
-        critic_features = self.critic(features)  # in bfloat16 the heads would give a few dozen different values
+            features = self.features(x.permute(0, 2, 3, 1).flatten(1))
+        features = features.float()  # in bfloat16 the heads would give a few dozen different values
+        critic_features = self.critic(features)
         values = self.value_head(critic_features)[:, 0]
         median_values = self.median_head(critic_features)[:, 0] if hasattr(self, "median_head") else values
         return self.actor(features).log_softmax(-1), values, median_values
@@ -215,11 +217,11 @@ class Agent(nn.Module):
 class AtariEnvs(AtariVectorEnv):
     """Games as in Mnih et al. (2015): 4 frames an action, maximum of the last two, 84×84 grey, 4 stacked, up to 30 no-ops.
 
-    A lost life terminates, though the game goes on, in some games even when the counter has come to 0. The stack then begins
+    A lost life is a termination, but the game goes on, in some games even when the counter has come to 0. The stack then begins
     anew, as after a reset, and where a game has FIRE, that is its next action. A finished game is replaced in the same step, so
     no transition crosses a reset. Rewards are those of the game, not clipped. ALE can't save a vector of games, but a game is a
-    function of its seed and its actions: both are kept, and `replay` plays them again. So that there is never much of it, a
-    game that ends more than `reseed_after` actions after its seed is followed by one with a new seed.
+    function of its seed and its actions: both are kept, and `replay` plays them again. To keep that short, a game that
+    ends more than `reseed_after` actions after its seed is followed by one with a new seed.
     """
 
     reseed_after = 10_000
@@ -256,7 +258,7 @@ class AtariEnvs(AtariVectorEnv):
         return obs
 
     def step(self, actions):
-        """As gymnasium's; infos["game_over"] (N,) tells the end of a game, by time limit too, from that of a life.
+        """As gymnasium's; infos["game_over"] (N,) is true where a whole game ended, by time limit too, and not just a life.
 
         infos["forced"] (N,) tells where FIRE was pressed in place of the action given, which nothing is to be learned from.
         """
@@ -308,7 +310,8 @@ def total_loss(agent, args, obs, actions, logprobs, advantages, returns):
         policy_loss = bpo_loss(ratio, advantages, median_advantages, args.epsilon, args.temperature)
 
     value_loss = 0.5 * F.mse_loss(values, returns)
-    mu_loss = (args.loss == "bpo" and args.use_median) * median_loss(returns, median_values, args.median_temperature)
+    has_median = hasattr(agent, "median_head")
+    mu_loss = median_loss(returns, median_values, args.median_temperature) if has_median else torch.zeros_like(value_loss)
     entropy = -(new_logprobs.exp() * new_logprobs).sum(-1).mean()
     loss = policy_loss + args.vf_coef * value_loss + args.median_coef * mu_loss - args.ent_coef * entropy
     return loss, {"policy_loss": policy_loss, "value_loss": value_loss, "median_loss": mu_loss, "entropy": entropy}
@@ -318,9 +321,8 @@ def update(agent, optimizer, batch, args):
     """Fits policy and critics to a rollout, tensors (B, …) in the order of `total_loss`; returns the mean of each term."""
     history = []
     for _ in range(args.update_epochs):
-        shuffle = torch.randperm(len(batch[0]))
-        for minibatch in zip(*(tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch)):
-            loss, terms = total_loss(agent, args, *minibatch)
+        for indices in torch.randperm(len(batch[0])).tensor_split(args.num_minibatches):
+            loss, terms = total_loss(agent, args, *(tensor[indices] for tensor in batch))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
@@ -387,7 +389,8 @@ def train(args, run=None):
                 episode_return[i] = episode_length[i] = 0
         iteration += 1
 
-        # Advantages and returns, of rewards clipped to their sign.
+        # Advantages and returns, of rewards clipped to their sign. Where a game ended the next step's value is another game's:
+        # `gae` takes 0 in its place, and at a time limit it is replaced here.
         with torch.no_grad():
             next_values = torch.cat((values[1:], agent(torch.from_numpy(next_obs).to(args.device))[1][None]))
             for t, i, last_obs in cut_off:

@@ -7,9 +7,9 @@ PPO asks how far a policy may move and clips it there. BPO asks where it should 
     μ  = argmin_u E_{a∼π₀}[ λ·softplus((R̂−u)/λ) − ½(R̂−u) ]         the soft median of R̂, which makes E_{π₀}[ρ*] = 1
     L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = R̂ − V(s)               the policy loss: μ picks the side, V gives the weight
 
-R̂ is the GAE return of the action taken, in place of Q(s,a), and stays as it is during an update; V, PPO's critic, is its mean.
-A and Ã are taken anew in each minibatch. λ, --temperature, is so small that ρ* is nearly always an edge of the band. Where A
-and Ã have the same sign, the gradient up to ρ* is that of PPO's −ρA; past ρ* PPO's is zero, and BPO's points back.
+R̂ is the GAE return of the action taken, in place of Q(s,a), and stays as it is during an update. V, PPO's critic, learns its
+mean. A and Ã are taken anew in each minibatch. λ, --temperature, is so small that ρ* is nearly always an edge of the band.
+Where A and Ã have the same sign, the gradient up to ρ* is that of PPO's −ρA; past ρ* PPO's is zero, and BPO's points back.
 Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
     python bpo_continuous.py --env-id Humanoid-v4                   trains; all goes to runs/<env>__<exp_name>__<seed>__<time>/
@@ -58,7 +58,7 @@ class TaskArgs:
     env_id: str = "HalfCheetah-v4"  # gymnasium id of the task
     num_envs: int = 1  # parallel environments
     async_envs: bool = False  # a process for each environment: for simulators slower than MuJoCo's tasks
-    rescale_actions: bool = False  # stretch the policy's [−1, 1] to the task's range of actions, as gymnasium's RescaleAction
+    rescale_actions: bool = False  # stretch the policy's [−1, 1] to the task's range of actions, as RescaleAction does
 
 
 @dataclass
@@ -70,7 +70,7 @@ class AlgorithmArgs:
     learning_rate: float = 6e-4  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.99  # discount γ
-    gae_lambda: float = 0.95  # λ of GAE, the generalised advantage estimator
+    gae_lambda: float = 0.95  # decay of GAE, the generalised advantage estimator
     epsilon: float = 0.3  # half-width ε of the band the ratio is to stay in
     temperature: float = 1e-3  # λ, in units of the (normalised) returns: where |R̂−μ| is far above it, ρ* is an edge of the band
     use_median: bool = True  # Ã is R̂ − μ(s); --no-use-median: R̂ − V(s), the paper's ablation
@@ -86,7 +86,7 @@ class AlgorithmArgs:
     hidden_size: int = 64  # width of the two hidden layers
     activation: Literal["tanh", "relu"] = "tanh"  # activation of the hidden layers
     log_std_init: float = -0.7  # log σ of the first policy
-    actor_gain: float = 0.0  # size of the actor's last layer at the start; 0: the first policy is N(0, σ²) in every state
+    actor_gain: float = 0.0  # gain of the actor's last layer at the start; 0: the first policy is N(0, σ²) in every state
 
 
 @dataclass

@@ -7,9 +7,10 @@ PPO asks how far a policy may move and clips it there. BPO asks where it should 
     μ  = argmin_u E_{a∼π₀}[ λ·softplus((R̂−u)/λ) − ½(R̂−u) ]         the soft median of R̂, which makes E_{π₀}[ρ*] = 1
     L  = E_{s,a∼π₀}[ |A|·|ρ_θ − ρ*| ],   A = R̂ − V(s)               the policy loss: μ picks the side, V gives the weight
 
-R̂ is the GAE return of the action taken, in place of Q(s,a); V, PPO's critic, is its mean. A and Ã follow the critics as they
-learn. λ is so small that ρ* is nearly always an edge of the band. Where A and Ã have the same sign, the gradient up to ρ* is
-that of PPO's −ρA; past ρ* PPO's is zero, and BPO's points back.
+R̂ is the GAE return of the action taken, in place of Q(s,a). V, PPO's critic, learns its mean. R̂ is taken anew before each
+pass over a rollout, A and Ã in each minibatch. In ρ* λ is so small, 0.01, that it is nearly always an edge of the band; in μ it
+is the authors' 1, which moves μ towards the mean. Where A and Ã have the same sign, the gradient up to ρ* is that of PPO's
+−ρA; past ρ* PPO's is zero, and BPO's points back.
 Source: Ao et al., Bounded Ratio Reinforcement Learning, arXiv 2604.18578.
 
     python bpo_isaaclab.py --task Isaac-Humanoid                        trains; all goes into a folder of runs/
@@ -69,25 +70,25 @@ class TaskArgs:
 @dataclass
 class AlgorithmArgs:
     loss: Literal["bpo", "ppo"] = "bpo"  # the loss
-    num_steps: int | None = None  # steps in each environment per rollout
+    num_steps: int | None = None  # steps in each environment per rollout; none, here and below: as in the task's configuration
     num_minibatches: int | None = None  # minibatches per epoch
     update_epochs: int | None = None  # passes over each rollout
-    reevaluate: bool = True  # compute values, advantages and returns anew before each pass; with --loss ppo not, unless asked
+    reevaluate: bool = True  # take V and R̂ anew before each epoch but the first; with --loss ppo not, unless asked
     learning_rate: float | None = None  # step size of Adam, at the start if it is adaptive
     desired_kl: float | None = None  # the learning rate follows this KL(π₀‖π); 0: it stands still
     gamma: float | None = None  # discount γ
-    gae_lambda: float | None = None  # λ of GAE, the generalised advantage estimator
-    epsilon: float | None = None  # half-width ε of the band the ratio is to stay in; none: PAPER's, for PPO the task's clip
+    gae_lambda: float | None = None  # decay of GAE, the generalised advantage estimator
+    epsilon: float | None = None  # half-width ε of the band the ratio is to stay in; none: the authors'; PPO: the task's
     temperature: float = 1e-2  # λ, in units of the returns: where |R̂−μ| is far above it, ρ* is an edge of the band
     use_median: bool = True  # Ã is R̂ − μ(s); --no-use-median: R̂ − V(s), the paper's ablation
     median_temperature: float = 1.0  # λ of the median loss; in theory that of ρ*; the authors' 1 moves μ towards the mean
-    online_adv: tyro.conf.DisallowNone[bool | None] = None  # weight |R̂−V| anew; --no-…: the rollout's normalised advantages
+    online_adv: tyro.conf.DisallowNone[bool | None] = None  # weight by |R̂−V| as it is now; --no-…: by the rollout's scaled |A|
     clip_vloss: bool | None = None  # PPO: clip the change of the value by ε too
     vf_coef: float | None = None  # coefficient of the value loss (R̂−V)²
     median_coef: float = 1.0  # coefficient of the median loss
     ent_coef: float | None = None  # coefficient of the entropy bonus
     max_grad_norm: float | None = None  # longest gradient, of actor and critic each
-    norm_obs: bool | None = None  # by their running mean and variance, actor's and critic's alike; none: as the task's actor
+    norm_obs: bool | None = None  # normalise actor's and critic's observations by their running mean and variance
     actor_hidden_dims: tuple[int, ...] | None = None  # widths of the actor's hidden layers
     critic_hidden_dims: tuple[int, ...] | None = None  # widths of the critic's hidden layers
     activation: str | None = None  # activation of the hidden layers: elu, relu, tanh, selu, swish, lrelu
@@ -96,13 +97,13 @@ class AlgorithmArgs:
 
 @dataclass
 class RunArgs:
-    total_timesteps: int | None = None  # environment steps in all; none here and below: the task's own
-    exp_name: str = SCRIPT  # the run folder's name has it
+    total_timesteps: int | None = None  # environment steps in all; none: as in the task's configuration
+    exp_name: str = SCRIPT  # part of the run folder's name
     seed: int = 1  # seed of networks, policy noise and environments
     device: str | None = None  # of simulation and networks; none: a GPU where there is one
     checkpoint_every: int = 50  # iterations between checkpoints
     eval_every: int = 0  # iterations between evaluations while training, whose best policy is kept as best.pt; 0: none
-    eval_episodes: int = 64  # of --evaluate and --eval-every, without noise; when a run ends, one of each environment
+    eval_episodes: int = 64  # episodes of --evaluate and --eval-every, without noise; a run ends with one in each environment
     capture_video: bool = False  # film the evaluation as mp4 into the run folder; mjlab only
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "brrl"  # wandb project
@@ -155,7 +156,7 @@ def ppo_loss(ratio, advantages, clip_coef):
 
 
 def clipped_value_loss(values, old_values, returns, clip_coef):
-    """½E[max((V−R̂)², (V₀ + clip(V−V₀, −ε, ε) − R̂)²)], as CleanRL and the authors of PPO: (B,), (B,), (B,) → a scalar."""
+    """½E[max((V−R̂)², (V₀ + clip(V−V₀, −ε, ε) − R̂)²)], V₀ the values before the update: (B,), (B,), (B,) → a scalar."""
     clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
     return 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square()).mean()
 
@@ -336,7 +337,7 @@ def total_loss(agent, args, batch, old_logstd):
     else:
         advantages = (batch["returns"] - values).detach()
         median_advantages = (batch["returns"] - median_values).detach() if args.use_median else advantages
-        weight = advantages if args.online_adv else batch["normalized_advantages"]  # bpo_loss takes its absolute value
+        weight = advantages if args.online_adv else batch["normalized_advantages"]
         policy_loss = bpo_loss(ratio, weight, median_advantages, args.epsilon, args.temperature)
         value_clip, mu_loss = math.inf, median_loss(batch["returns"], median_values, args.median_temperature) * args.use_median
     value_loss = clipped_value_loss(values, batch["values"], batch["returns"], value_clip)
@@ -360,13 +361,12 @@ def update(agent, optimizer, batch, args, reevaluate=None):
     for epoch in range(args.update_epochs):
         if epoch and reevaluate:
             batch = batch | reevaluate()
-        if epoch == 0 or args.loss == "ppo":  # BPO's fixed weights stay the rollout's
+        if epoch == 0 or args.loss == "ppo":  # the weights of --no-online-adv stay the rollout's
             advantages = batch["advantages"]
             batch["normalized_advantages"] = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-        shuffle = torch.randperm(len(batch["obs"]), device=learning_rate.device)
-        shuffled = [tensor[shuffle].tensor_split(args.num_minibatches) for tensor in batch.values()]
-        for minibatch in zip(*shuffled):
-            loss, terms = total_loss(agent, args, dict(zip(batch, minibatch)), old_logstd)
+        for indices in torch.randperm(len(batch["obs"]), device=learning_rate.device).tensor_split(args.num_minibatches):
+            minibatch = {name: tensor[indices] for name, tensor in batch.items()}
+            loss, terms = total_loss(agent, args, minibatch, old_logstd)
             grads = torch.autograd.grad(loss, actor + critic)
             for vector, parts in zip(vectors, (grads[: len(actor)], grads[len(actor) :])):
                 grad = average(parameters_to_vector(parts))
@@ -446,7 +446,7 @@ def train(args):
                         task_metrics[name].append(value)
             iteration += 1
 
-            # Advantages and returns, with the critic as it is; BPO takes them anew before each epoch.
+            # Advantages and returns, with the critic as it is; BPO takes them anew before each later epoch.
             estimate = lambda: estimate_returns(agent, rollout, args)  # noqa: E731
             batch = {name: tensor.flatten(0, 1) for name, tensor in steps.items()} | estimate()
             batch["critic_obs"] = rollout["critic_obs"].flatten(0, 1)

@@ -120,7 +120,7 @@ class AlgorithmArgs:
 @dataclass
 class RunArgs:
     total_batches: int = 200  # batches of prompts; 100 with --model-name scratch
-    exp_name: str = SCRIPT  # the run folder's name has it
+    exp_name: str = SCRIPT  # part of the run folder's name
     seed: int = 1  # seed of new weights, order of the prompts and sampling
     eval_prompts: int = 200  # held-out prompts of the evaluation before and after, and of --evaluate
     eval_samples: int = 4  # completions sampled to each, beside the greedy one; 0: none

@@ -4,7 +4,7 @@
 
 Seen as a bounded ratio: the target is ρ* = 1 + ε·sign(A), and −min(ρA, clip(ρ)A) = |A|·max(0, sign(A)·(ρ* − ρ)) − A·ρ*, a
 one-sided regression whose threshold is the mean. `diff ppo_baseline.py bpo_continuous.py` shows what BPO changes.
-Source: Schulman et al., Proximal Policy Optimization Algorithms, arXiv 1707.06347; defaults are CleanRL's.
+Source: Schulman et al., Proximal Policy Optimization Algorithms, arXiv 1707.06347; defaults are CleanRL's but for --actor-gain.
 
     python ppo_baseline.py --env-id Humanoid-v4                   trains; all goes to runs/<env>__<exp_name>__<seed>__<time>/
     python ppo_baseline.py --env-id Humanoid-v4 --preset paper    the same with the BPO authors' PPO settings for this task
@@ -51,7 +51,7 @@ class TaskArgs:
     env_id: str = "HalfCheetah-v4"  # gymnasium id of the task
     num_envs: int = 1  # parallel environments
     async_envs: bool = False  # a process for each environment: for simulators slower than MuJoCo's tasks
-    rescale_actions: bool = False  # stretch the policy's [−1, 1] to the task's range of actions, as gymnasium's RescaleAction
+    rescale_actions: bool = False  # stretch the policy's [−1, 1] to the task's range of actions, as RescaleAction does
 
 
 @dataclass
@@ -63,7 +63,7 @@ class AlgorithmArgs:
     learning_rate: float = 3e-4  # step size of Adam
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.99  # discount γ
-    gae_lambda: float = 0.95  # λ of GAE, the generalised advantage estimator
+    gae_lambda: float = 0.95  # decay of GAE, the generalised advantage estimator
     clip_coef: float = 0.2  # ε: ratios are clipped to [1−ε, 1+ε]
     clip_vloss: bool = True  # clip the change of the value by ε too
     norm_adv: bool = True  # centre and scale the minibatch's advantages
@@ -75,7 +75,7 @@ class AlgorithmArgs:
     hidden_size: int = 64  # width of the two hidden layers
     activation: Literal["tanh", "relu"] = "tanh"  # activation of the hidden layers
     log_std_init: float = 0.0  # log σ of the first policy
-    actor_gain: float = 0.0  # size of the actor's last layer at the start; 0: the first policy is N(0, σ²) in every state
+    actor_gain: float = 0.0  # gain of the actor's last layer at the start; 0: the first policy is N(0, σ²) in every state
 
 
 @dataclass
@@ -110,7 +110,7 @@ def ppo_loss(ratio, advantages, clip_coef):
 
 
 def clipped_value_loss(values, old_values, returns, clip_coef):
-    """½E[max((V−R̂)², (V₀ + clip(V−V₀, −ε, ε) − R̂)²)], as CleanRL and the authors of PPO: (B,), (B,), (B,) → a scalar."""
+    """½E[max((V−R̂)², (V₀ + clip(V−V₀, −ε, ε) − R̂)²)], V₀ the values before the update: (B,), (B,), (B,) → a scalar."""
     clipped_values = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
     return 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square()).mean()
 
