@@ -73,7 +73,7 @@ class AlgorithmArgs:
     num_steps: int | None = None  # steps in each environment per rollout; none, here and below: as in the task's configuration
     num_minibatches: int | None = None  # minibatches per epoch
     update_epochs: int | None = None  # passes over each rollout
-    reevaluate: bool = True  # take V and R̂ anew before each epoch but the first; with --loss ppo not, unless asked
+    reevaluate: tyro.conf.DisallowNone[bool | None] = None  # take V and R̂ anew before each later epoch; none: BPO does, PPO not
     learning_rate: float | None = None  # step size of Adam, at the start if it is adaptive
     desired_kl: float | None = None  # the learning rate follows this KL(π₀‖π); 0: it stands still
     gamma: float | None = None  # discount γ
@@ -810,6 +810,7 @@ def stock_settings(rl_cfg, args):
     if dropped and RANK == 0:
         print(f"{SCRIPT}: {args.task}'s rsl_rl configuration is not followed in {', '.join(dropped)}")
     stock = {field: task[name] for field, name in STOCK.items()}
+    stock["reevaluate"] = args.loss == "bpo"
     stock["total_timesteps"] = rl_cfg.max_iterations * rl_cfg.num_steps_per_env * args.num_envs * WORLD_SIZE
     if task["algorithm.schedule"] != "adaptive" or stock["desired_kl"] is None:
         stock["desired_kl"] = 0.0
@@ -1012,8 +1013,6 @@ def command_line():
 
 def main():
     args, given = command_line()
-    if args.loss == "ppo" and "reevaluate" not in given:
-        args = replace(args, reevaluate=False)
     if args.resume and (given - {"resume", "total_timesteps", "device"} or args.overrides):
         sys.exit(f"{SCRIPT}: --resume goes on with the run's own configuration; only --total-timesteps and --device can be "
                  "given beside it")  # fmt: skip

@@ -117,16 +117,16 @@ class Adapter(BaseRollout):
         await ray.get_actor("transformers_server_0").update_weights.remote(dict(weights), global_steps)
 
 
-set_platform(CPU())
-verl.utils.distributed.initialize_global_process_group_ray = init_process_group
-_ROLLOUT_REGISTRY["transformers", "async"] = "verl_on_cpu.Adapter"
-RolloutReplicaRegistry.register("transformers", lambda: sys.modules[__name__].Replica)
+def register():
+    from verl.workers.engine.base import EngineRegistry
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-# verl's FSDP engine names the devices that it is for.
-from verl.workers.engine.base import EngineRegistry  # noqa: E402
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead  # noqa: E402
-
-EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device=["cpu"])(FSDPEngineWithLMHead)
+    set_platform(CPU())
+    verl.utils.distributed.initialize_global_process_group_ray = init_process_group
+    _ROLLOUT_REGISTRY["transformers", "async"] = "verl_on_cpu.Adapter"
+    RolloutReplicaRegistry.register("transformers", lambda: Replica)
+    devices = EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device=["cpu"])
+    devices(FSDPEngineWithLMHead)  # verl's FSDP engine names the devices that it is for
 
 
 def make_task(folder):
@@ -155,6 +155,7 @@ def make_task(folder):
     (folder / "reward.py").write_text(reward)
     return f"""
         trainer.device=cpu +ray_kwargs.ray_init.num_gpus=1 ray_kwargs.ray_init.num_cpus=32 trainer.n_gpus_per_node=1
+        hydra.run.dir={folder}/outputs
         transfer_queue.backend.SimpleStorage.num_data_storage_units=1 reward.num_workers=1 trainer.logger=[console]
         data.train_files={folder}/prompts.parquet data.val_files={folder}/prompts.parquet data.train_batch_size=16
         data.max_prompt_length=8 data.max_response_length=1 reward.custom_reward_function.path={folder}/reward.py
@@ -171,5 +172,7 @@ def make_task(folder):
 
 
 if __name__ == "__main__":
-    options = make_task(Path(sys.argv[1]))
+    options = make_task(Path(sys.argv[1]).absolute())
     Path(sys.argv[1], "options").write_text("\n".join(options) + "\n")
+else:
+    register()
