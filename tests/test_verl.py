@@ -143,12 +143,12 @@ def test_verl_s_own_trainer_learns(tmp_path):
     """Ray, FSDP, the transfer queue and weights handed to the rollout are verl's; the tokens come from verl_on_cpu.py."""
     folders = os.pathsep.join([str(ROOT / "integrations"), str(ROOT / "tests")])
     environment = os.environ | {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
+    environment["VERL_USE_EXTERNAL_MODULES"] = "verl_on_cpu,gbpo_verl"
     subprocess.run([sys.executable, ROOT / "tests/verl_on_cpu.py", tmp_path / "task"], env=environment, check=True)
     flags = ["algorithm.adv_estimator=gbpo", "actor_rollout_ref.actor.policy_loss.loss_mode=gbpo",
              "actor_rollout_ref.actor.clip_ratio_low=0.3", "actor_rollout_ref.actor.clip_ratio_high=0.3"]  # fmt: skip
     options = (tmp_path / "task/options").read_text().split()
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *flags, *options]
-    environment["VERL_USE_EXTERNAL_MODULES"] = "verl_on_cpu,gbpo_verl"
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     rewards = [float(score) for score in re.findall(r"critic/score/mean:([\d.]+)", done.stdout)]
     assert done.returncode == 0 and len(rewards) == 15, (done.stdout + done.stderr)[-3000:]
