@@ -32,6 +32,7 @@ LINE_EVERY = 60  # seconds between lines on how far the report is
 SMOOTHING = 5  # hundredths of the run in the running mean
 NAMES = "base", "bpo", "ppo", "sb3", "ppo-same", "bpo-paper", "ppo-paper", "bpo-entropy", "bpo-task", "rsl_rl"
 SETTINGS = {"b": "settings of bpo_continuous.py", "c": "settings of CleanRL"}  # of the map of stability
+ACTIONS = {"Hopper-v4": 3, "HalfCheetah-v4": 6, "Walker2d-v4": 6, "Ant-v4": 8, "Humanoid-v4": 17}  # their dimensions
 COLORS = dict(zip(NAMES, plt.get_cmap("tab10").colors[:1] + plt.get_cmap("tab10").colors))  # base: what bpo was
 
 
@@ -372,6 +373,13 @@ def number(value, unit=""):
     return f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
 
 
+def return_cell(returns, unit=""):
+    """Mean of returns (seeds,), its interval where there are three or more, and their number."""
+    mean, (low, high) = mean_and_interval(returns)
+    interval = f" [{number(low, unit)}, {number(high, unit)}]" if len(returns) > 2 else ""
+    return f"{number(mean, unit)}{interval}, n={len(returns)}"
+
+
 def end(results):
     measure = "reward" if results.unit == "batches" else "return"
     return f"{measure} at {results.total_timesteps:,} {results.unit.split()[-1]}"
@@ -388,9 +396,7 @@ def returns_table(results):
             if (runs := results.curves(arm, task)) is None:
                 cells.append("–")
                 continue
-            mean, (low, high) = mean_and_interval(runs[:, -1])
-            interval = f" [{number(low, results.unit)}, {number(high, results.unit)}]" if len(runs) > 2 else ""
-            cells.append(f"{number(mean, results.unit)}{interval}, n={len(runs)}")
+            cells.append(return_cell(runs[:, -1], results.unit))
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -485,6 +491,40 @@ def ablations_table(results):
     return "\n".join(lines)
 
 
+def long_table(results, points=(10, 30, 100), arms=("bpo", "ppo")):
+    """Markdown: a row a task and a point, in hundredths of the run: the return and σ of both arms there, and which is ahead.
+
+    A loss is ahead where the intervals do not meet. σ is the geometric mean over the dimensions of actions.
+    """
+    lines = [f"| task | {results.unit} | " + " | ".join(arms) + " | ahead | " + " | ".join(f"σ, {arm}" for arm in arms) + " |"]
+    lines.append("|---" * (3 + 2 * len(arms)) + "|")
+    for task in results.tasks:
+        for point in points:
+            columns = [results.arms[arm].get(task) for arm in arms]
+            cells = ["–" if runs is None else return_cell(runs["return"][:, point - 1]) for runs in columns]
+            ahead = "–"
+            if all(runs is not None and len(runs["return"]) > 2 for runs in columns):
+                lows, highs = zip(*(mean_and_interval(runs["return"][:, point - 1])[1] for runs in columns))
+                ahead = arms[np.argmax(lows)] if max(lows) > min(highs) else "neither"
+            sigmas = []
+            for runs in columns:
+                entropy = None if runs is None else runs["entropy"][:, point - 1].mean() / ACTIONS[task]
+                sigmas.append("–" if runs is None else f"{np.exp(entropy) / (2 * np.pi * np.e) ** 0.5:.2f}")
+            steps = f"{results.total_timesteps * point // 100:,}"
+            lines.append(f"| {task} | {steps} | " + " | ".join(cells) + f" | {ahead} | " + " | ".join(sigmas) + " |")
+    return "\n".join(lines)
+
+
+def collapses(results):
+    """A sentence: which of the runs ended below half of their best return."""
+    found, count = [], 0
+    for arm, tasks in results.arms.items():
+        for task, runs in tasks.items():
+            count += len(runs["return"])
+            found += [f"{arm} on {task}" for run in runs["return"] if run[-1] < run.max() / 2]
+    return f"Of {plural(count, 'run')} {len(found) or 'none'} collapsed" + (f": {', '.join(found)}." if found else ".")
+
+
 def wins_table(results, reference):
     """Share of pairs of runs in which an arm ends above the reference, mean over tasks."""
     lines = [f"| arm | share of pairs won against {reference} | seeds |", "|---|---|---|"]
@@ -540,6 +580,9 @@ def rebuild():
             f"So far: {done}.",
             map_table(returns, axes),
         )
+    if (long := read_results(matrix["long"]).only()).tasks:
+        draw_curves(long, figures / "long.png")
+        fill("long", "![Learning curves](results/long.png)", long_table(long), collapses(long))
     for name in (
         "first_look",
         "first_proof",

@@ -217,6 +217,40 @@ def test_the_map_s_measures_are_those_that_its_matrix_tells(tmp_path, monkeypatc
     assert report.map_measures(report.map_scores(other))[3, 0, 0] == pytest.approx(1 - 0.75, abs=0.01)
 
 
+def test_long_runs_are_told_by_the_rule_of_their_matrix(tmp_path, monkeypatch):
+    """By hand: who is ahead at 1, 3 and 10 million steps, σ from the entropy, and a run below half of its best return."""
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    report = importlib.import_module("report")
+    monkeypatch.setattr(report, "BENCHMARK", tmp_path)
+    matrix = tmp_path / "long.toml"
+    matrix.write_text((ROOT / "benchmark/long.toml").read_text())
+    (tmp_path / "results/long").mkdir(parents=True)
+    assert report.collapses(report.read_results(matrix)) == "Of 0 runs none collapsed."
+
+    def write(arm, seed, *returns):
+        """Three returns: until 1 million steps, until 3, and then; σ is 0.5 until 3 million, then 0.25."""
+        rows = []
+        for step in range(1, 101):
+            part = (step > 10) + (step > 30)
+            entropy = 3 * np.log(0.5 if part < 2 else 0.25) + 1.5 * np.log(2 * np.pi * np.e)
+            rows.append(f"{step}00000,{returns[part]},1,0.1,0.1,{entropy:.5f}")
+        text = "step,return,episodes,approx_kl,clipfrac,entropy\n" + "\n".join(rows) + "\n"
+        (tmp_path / f"results/long/{arm}__Hopper-v4__{seed}.csv").write_text(text)
+
+    for seed in (81, 82, 83):
+        write("bpo", seed, 1000 + seed, 2000 + seed, 3000 + seed)
+    write("ppo", 81, 1500, 2000, 990)  # collapsed
+    write("ppo", 82, 1500, 2200, 1100)
+    results = report.read_results(matrix).only()
+    row = "| Hopper-v4 | 1,000,000 | 1082 [1081, 1083], n=3 | 1500, n=2 | – | 0.50 | 0.50 |"
+    assert report.long_table(results).splitlines()[2:][0] == row  # no verdict of two seeds
+    write("ppo", 83, 1500, 2100, 1050)
+    results = report.read_results(matrix).only()
+    rows = [row.split(" | ") for row in report.long_table(results).splitlines()[2:]]
+    assert [row[4] for row in rows] == ["ppo", "neither", "bpo"] and [row[5] for row in rows] == ["0.50", "0.50", "0.25"]
+    assert report.collapses(results) == "Of 6 runs 1 collapsed: ppo on Hopper-v4."
+
+
 def test_a_result_without_an_episode_is_passed_over(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmark")
     report = importlib.import_module("report")
