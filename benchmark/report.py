@@ -25,6 +25,7 @@ from rliable import library
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 BENCHMARK = Path(__file__).resolve().parent
 DOCS = BENCHMARK.parent / "docs"
@@ -166,8 +167,7 @@ def draw_curves(results, path):
                 if len(runs) > 2:
                     axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
         axis.set(title=task, xlabel=results.unit, ylabel="reward" if results.unit == "batches" else "episodic return")
-        if results.total_timesteps > 10_000:
-            axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 1M
         axis.grid(alpha=0.3)
     axes.flat[0].legend(loc="best")
     for axis in axes.flat[len(results.tasks) :]:
